@@ -1,0 +1,229 @@
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.trainer_utils import SchedulerType
+from trl import GRPOConfig
+
+from .advantages import ADVANTAGE_NORMALIZATIONS
+
+
+class _SingleGeneration(int):
+    """The number 1, but not smaller than 2: passes TRL's check for groups, and no other check, unseen."""
+
+    def __lt__(self, other):
+        return other != 2 and int(self) < other
+
+
+@dataclass
+class GNDPOConfig(GRPOConfig):
+    r"""
+    Configuration class for the [`GNDPOTrainer`].
+
+    This class includes the parameters that are specific to GNDPO, and those of [`~trl.GRPOConfig`] whose default value
+    or meaning differs. For a full list please refer to the [`~trl.GRPOConfig`] and
+    [`~transformers.TrainingArguments`] documentation.
+
+    Using [`~transformers.HfArgumentParser`] we can turn this class into
+    [argparse](https://docs.python.org/3/library/argparse#module-argparse) arguments that can be specified on the
+    command line.
+
+    Parameters:
+        > Parameters that control the teacher
+
+        teacher_model_name_or_path (`str`, *optional*):
+            Model id on the Hub or path of the teacher. Leave it unset if `teacher_model` is passed to the trainer.
+        teacher_model_revision (`str`, *optional*):
+            Revision of the teacher on the Hub: a branch, a tag or a commit. Also used for its processing class.
+        teacher_model_init_kwargs (`str` or `dict[str, Any]`, *optional*):
+            Keyword arguments for `from_pretrained` when the teacher is loaded from a path or a model id. If `dtype` is
+            not among them, the teacher keeps the dtype of its checkpoint.
+
+        > Parameters that control the advantage
+
+        score_clip (`float`, *optional*, defaults to `5.0`):
+            Bound c, in nats, of the clamp of the scores (teacher log-prob minus student log-prob) to [-c, c] before
+            they are normalized. `None` turns the clamp off.
+        advantage_normalization (`str`, *optional*, defaults to `"global"`):
+            Population over which the clamped scores are whitened. `"global"`: all valid tokens of the generation
+            batch, on all ranks and in all accumulation steps (GNDPO). `"none"`: no whitening, the clamped scores are
+            the advantages (on-policy distillation). `"group"`: the tokens of the completions of the same prompt.
+            `"sequence"`: the tokens of the same completion.
+        std_floor (`float`, *optional*, defaults to `0.0`):
+            Lower bound, in nats, of the standard deviation that the scores are divided by. A positive value keeps
+            rounding noise from being blown up to unit variance once the student has become its teacher.
+
+        > Parameters that control the loss
+
+        importance_sampling_level (`str`, *optional*, defaults to `"sequence_token"`):
+            Level of the importance ratio. `"sequence_token"`: the value of the sequence-level ratio with a gradient
+            for every token (GSPO-token). `"token"`: one ratio per token. `"sequence"` is refused, because its gradient
+            is the same for all tokens of a completion, which erases what the teacher says about each of them.
+        loss_type (`str`, *optional*, defaults to `"grpo"`):
+            Loss formulation, see [`~trl.GRPOConfig`]. `"grpo"` is the mean over completions of the mean over their
+            tokens.
+        beta (`float`, *optional*, defaults to `0.0`):
+            Coefficient of the KL divergence to the initial student (not to the teacher). If `0.0`, the reference model
+            is not loaded.
+        epsilon (`float`, *optional*, defaults to `0.2`):
+            Epsilon value for clipping the importance ratio.
+        vllm_importance_sampling_correction (`bool`, *optional*, defaults to `False`):
+            Whether to correct for the mismatch between vLLM's log-probs and those of the training engine. Completions
+            or tokens that it drops from the loss are left out of the normalization as well.
+
+        > Parameters that control the optimizer
+
+        lr_scheduler_type (`str`, *optional*, defaults to `"constant"`):
+            Learning rate schedule, see [`~transformers.TrainingArguments`].
+        weight_decay (`float`, *optional*, defaults to `0.01`):
+            Weight decay of AdamW, see [`~transformers.TrainingArguments`].
+
+    `num_generations=1` is allowed, unlike in [`~trl.GRPOConfig`]: distillation compares no completions of a group. The
+    student is scored at the sampling `temperature`, the teacher always at temperature 1.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.GRPOConfig`]; they are those of the paper's code:
+    > - `importance_sampling_level`: Defaults to `"sequence_token"` instead of `"token"`.
+    > - `loss_type`: Defaults to `"grpo"` instead of `"dapo"`.
+    > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"`.
+    > - `weight_decay`: Defaults to `0.01` instead of `0.0`.
+    > - `vllm_importance_sampling_correction`: Defaults to `False` instead of `True`.
+    >
+    > These keep the value they have there, which is that of the paper's code too: `beta=0.0`, `epsilon=0.2`,
+    > `learning_rate=1e-6`, `max_grad_norm=1.0`, `temperature=1.0`, `top_p=1.0`.
+    """
+
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
+
+    # Parameters that control the teacher
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={
+            "help": "Model id on the Hub or path of the teacher. Leave it unset if `teacher_model` is passed to the "
+            "trainer."
+        },
+    )
+    teacher_model_revision: str | None = field(
+        default=None,
+        metadata={
+            "help": "Revision of the teacher on the Hub: a branch, a tag or a commit. Also used for its processing "
+            "class."
+        },
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for `from_pretrained` when the teacher is loaded from a path or a model id. If "
+            "`dtype` is not among them, the teacher keeps the dtype of its checkpoint."
+        },
+    )
+
+    # Parameters that control the advantage
+    score_clip: float | None = field(
+        default=5.0,
+        metadata={
+            "help": "Bound c, in nats, of the clamp of the scores (teacher log-prob minus student log-prob) to "
+            "[-c, c] before they are normalized. `None` turns the clamp off."
+        },
+    )
+    advantage_normalization: str = field(
+        default="global",
+        metadata={
+            "help": 'Population over which the clamped scores are whitened. `"global"`: all valid tokens of the '
+            'generation batch, on all ranks and in all accumulation steps (GNDPO). `"none"`: no whitening, the '
+            'clamped scores are the advantages (on-policy distillation). `"group"`: the tokens of the completions '
+            'of the same prompt. `"sequence"`: the tokens of the same completion.',
+            "choices": list(ADVANTAGE_NORMALIZATIONS),
+        },
+    )
+    std_floor: float = field(
+        default=0.0,
+        metadata={
+            "help": "Lower bound, in nats, of the standard deviation that the scores are divided by. A positive value "
+            "keeps rounding noise from being blown up to unit variance once the student has become its teacher."
+        },
+    )
+
+    # Parameters that control the loss
+    importance_sampling_level: str = field(
+        default="sequence_token",
+        metadata={
+            "help": 'Level of the importance ratio. `"sequence_token"`: the value of the sequence-level ratio with '
+            'a gradient for every token (GSPO-token). `"token"`: one ratio per token. `"sequence"` is refused, '
+            "because its gradient is the same for all tokens of a completion, which erases what the teacher says "
+            "about each of them."
+        },
+    )
+    loss_type: str = field(
+        default="grpo",
+        metadata={
+            "help": 'Loss formulation, see [`~trl.GRPOConfig`]. `"grpo"` is the mean over completions of the mean '
+            "over their tokens."
+        },
+    )
+    beta: float = field(
+        default=0.0,
+        metadata={
+            "help": "Coefficient of the KL divergence to the initial student (not to the teacher). If `0.0`, the "
+            "reference model is not loaded."
+        },
+    )
+    epsilon: float = field(
+        default=0.2,
+        metadata={"help": "Epsilon value for clipping the importance ratio."},
+    )
+    vllm_importance_sampling_correction: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to correct for the mismatch between vLLM's log-probs and those of the training engine. "
+            "Completions or tokens that it drops from the loss are left out of the normalization as well."
+        },
+    )
+
+    # Parameters that control the optimizer
+    lr_scheduler_type: SchedulerType | str = field(
+        default="constant",
+        metadata={"help": "Learning rate schedule, see [`~transformers.TrainingArguments`]."},
+    )
+    weight_decay: float = field(
+        default=0.01,
+        metadata={"help": "Weight decay of AdamW, see [`~transformers.TrainingArguments`]."},
+    )
+
+    def __post_init__(self):
+        # The command line passes "None" as a string.
+        if isinstance(self.score_clip, str):
+            self.score_clip = None if self.score_clip.lower() in ("none", "null") else float(self.score_clip)
+        if self.score_clip is not None and not self.score_clip > 0:
+            raise ValueError(
+                f"`score_clip` is {self.score_clip}, but it bounds the scores to [-score_clip, score_clip] and must "
+                "be positive. Use the reference's 5.0, or None to turn the clamp off."
+            )
+        if self.advantage_normalization not in ADVANTAGE_NORMALIZATIONS:
+            raise ValueError(
+                f"`advantage_normalization` is {self.advantage_normalization!r}. Choose one of "
+                f"{', '.join(map(repr, ADVANTAGE_NORMALIZATIONS))}."
+            )
+        if not self.std_floor >= 0:
+            raise ValueError(
+                f"`std_floor` is {self.std_floor}, but it is a lower bound of a standard deviation. Use 0.0 for the "
+                "reference's behaviour, or a positive number of nats."
+            )
+        if self.importance_sampling_level == "sequence":
+            raise ValueError(
+                '`importance_sampling_level="sequence"` gives every token of a completion the same gradient, so the '
+                'token-level advantages of the teacher would be averaged away. Use "sequence_token" (GSPO-token: '
+                'the same ratio, a gradient per token) or "token".'
+            )
+        if self.importance_sampling_level not in ("sequence_token", "token"):
+            raise ValueError(
+                f'`importance_sampling_level` is {self.importance_sampling_level!r}. Choose "sequence_token" or '
+                '"token".'
+            )
+        # TRL refuses a single generation per prompt because it has no group to compare it with; distillation needs
+        # no group. Everything else that TRL checks about `num_generations` still applies.
+        single = self.num_generations == 1
+        if single:
+            self.num_generations = _SingleGeneration(1)
+        super().__post_init__()
+        if single:
+            self.num_generations = 1

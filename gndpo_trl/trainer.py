@@ -1,0 +1,337 @@
+import textwrap
+import time
+from collections import deque
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import gather
+from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from transformers import (
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+    TrainerCallback,
+)
+from trl import GRPOTrainer
+
+from .advantages import compute_advantages, token_scores
+from .compatibility import check_compatibility
+from .config import GNDPOConfig
+from .importance import sequence_token_logps
+from .metrics import score_metrics, score_statistics
+from .teacher import LocalTeacher, load_teacher, prepare_teacher
+from .trl_hooks import (
+    ADVANTAGES_LOG,
+    MULTIMODAL_KEYS,
+    disable_gradient_checkpointing,
+    get_config_model_id,
+    nanstd,
+)
+
+
+def teacher_score(completions: list, **kwargs) -> list[float]:
+    """Holds the place of the reward that TRL requires; the trainer puts the teacher's mean score there."""
+    return [0.0] * len(completions)
+
+
+class GNDPOTrainer(GRPOTrainer):
+    """
+    Trainer for Globally Normalized Distillation Policy Optimization (GNDPO), proposed in [Stabilizing On-Policy
+    Distillation for MLLM Reasoning with Global Normalization](https://huggingface.co/papers/2606.09091).
+
+    The student samples completions; a frozen teacher scores every sampled token; the score, `teacher log-prob - student
+    log-prob`, is clamped and whitened over all valid tokens of the generation batch, on all ranks; the result is the
+    token-level advantage of TRL's clipped policy-gradient loss. Everything else is [`~trl.GRPOTrainer`].
+
+    Example:
+
+    ```python
+    >>> from datasets import load_dataset
+    >>> from gndpo_trl import GNDPOTrainer
+
+    >>> trainer = GNDPOTrainer(
+    ...     model="Qwen/Qwen3-0.6B",
+    ...     teacher_model="Qwen/Qwen3-4B",
+    ...     train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
+    ... )
+    >>> trainer.train()
+    ```
+
+    Args:
+        teacher_model (`str` or [`~transformers.PreTrainedModel`], *optional*):
+            Teacher: a path, a model id or a loaded model. May be omitted if `args.teacher_model_name_or_path` is set.
+            Image-text students need an image-text teacher.
+        teacher_processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
+            Tokenizer or processor of the teacher, used to check that token ids and images mean the same to both
+            models. If `None`, it is loaded from where the teacher came from.
+        args ([`GNDPOConfig`], *optional*):
+            Configuration for this trainer. If `None`, a default configuration is used.
+        reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
+            Reward functions to monitor. They are computed and logged as in [`~trl.GRPOTrainer`] and do not touch the
+            advantages. Without any, the teacher's mean score per completion is logged as the reward.
+
+        All other arguments are those of [`~trl.GRPOTrainer`].
+
+    Raises:
+        `ValueError`: at construction, if there is no teacher or if it cannot score what the student samples; during a
+            run, if the teacher or the student returns non-finite log-probs.
+    """
+
+    _tag_names = ["trl", "gndpo"]
+    _name = "GNDPO"
+    _paper = {
+        "title": "Stabilizing On-Policy Distillation for MLLM Reasoning with Global Normalization",
+        "id": "2606.09091",
+        # docstyle-ignore
+        "citation": textwrap.dedent("""\
+            @article{hao2026stabilizing,
+                title  = {{Stabilizing On-Policy Distillation for MLLM Reasoning with Global Normalization}},
+                author = {Dongze Hao and Zhiwei Jin and Chen Chen and others},
+                year   = 2026,
+                eprint = {arXiv:2606.09091},
+            }"""),
+    }
+
+    def __init__(
+        self,
+        model: "str | PreTrainedModel | Any",
+        reward_funcs: Any = None,
+        args: GNDPOConfig | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
+        eval_dataset: Dataset
+        | IterableDataset
+        | DatasetDict
+        | IterableDatasetDict
+        | dict[str, Dataset | IterableDataset]
+        | None = None,
+        processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        reward_processing_classes: PreTrainedTokenizerBase | list[PreTrainedTokenizerBase] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
+        quantization_config: BitsAndBytesConfig | None = None,
+        peft_config: Any = None,
+        tools: list[Callable] | None = None,
+        rollout_func: Callable | None = None,
+        environment_factory: Any = None,
+        teacher_model: str | PreTrainedModel | None = None,
+        teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+    ):
+        if args is None:
+            model_name = model if isinstance(model, str) else get_config_model_id(model.config)
+            args = GNDPOConfig(f"{model_name.split('/')[-1]}-GNDPO")
+        elif not isinstance(args, GNDPOConfig):
+            raise TypeError(
+                f"`args` is a {type(args).__name__}, but GNDPOTrainer needs a GNDPOConfig: replace the class name, all "
+                "fields of GRPOConfig are there."
+            )
+        if teacher_model is not None and teacher_model is model:
+            raise ValueError(
+                "`teacher_model` and `model` are the same object, so the teacher would be trained with the student. "
+                "Load the teacher separately."
+            )
+        teacher_model, teacher_processing_class = load_teacher(teacher_model, teacher_processing_class, args)
+
+        super().__init__(
+            model=model,
+            reward_funcs=reward_funcs or teacher_score,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            reward_processing_classes=reward_processing_classes,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            quantization_config=quantization_config,
+            peft_config=peft_config,
+            tools=tools,
+            rollout_func=rollout_func,
+            environment_factory=environment_factory,
+        )
+
+        # TRL knows "token" and "sequence"; "sequence_token" reaches its token-level ratio through `_compute_loss`.
+        self._is_sequence_token = self.importance_sampling_level == "sequence_token"
+        self.importance_sampling_level = "token"
+        self._loss_inputs = None
+
+        check_compatibility(
+            student=self.model,
+            student_processing_class=self.processing_class,
+            student_stop_ids=self.eos_token_ids,
+            teacher=teacher_model,
+            teacher_processing_class=teacher_processing_class,
+        )
+        teacher_vocab_size = teacher_model.config.get_text_config().vocab_size
+        student_vocab_size = self.model.config.get_text_config().vocab_size
+        if student_vocab_size > teacher_vocab_size and not self.use_vllm:
+            # The student's vocabulary is padded further than the teacher's; the rows beyond are no tokens.
+            padding_ids = range(teacher_vocab_size, student_vocab_size)
+            suppressed = {*(self.generation_config.suppress_tokens or ()), *padding_ids}
+            self.generation_config.suppress_tokens = sorted(suppressed)
+            self.generation_kwargs["suppress_tokens"] = sorted(suppressed)
+        self.teacher = LocalTeacher(
+            prepare_teacher(teacher_model, self.accelerator), teacher_vocab_size, self._per_token_logps
+        )
+
+    def _per_token_logps(self, model: torch.nn.Module, rollout: dict[str, Any]) -> torch.Tensor:
+        """Log-probs `(B, T)`, without gradient, of a rollout's completion tokens under a model with a fused head."""
+        mode = "train" if self.model.training else "eval"
+        logps, _, _ = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1),
+            torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], dim=1),
+            rollout["completion_ids"].size(1),
+            batch_size=(
+                self.args.per_device_train_batch_size if mode == "train" else self.args.per_device_eval_batch_size
+            ),
+            **{key: rollout[key] for key in MULTIMODAL_KEYS if key in rollout},
+        )
+        return logps
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        rollout = super()._generate_and_score_completions(inputs)
+        if rollout.get("num_images", 0) is None:
+            raise ValueError(
+                "A tool returned an image whose placeholder tokens were cut off at `max_completion_length` "
+                f"({self.max_completion_length}), and TRL dropped all images of the batch from the forward pass. Raise "
+                "`max_completion_length`, or have the tool return smaller images."
+            )
+        mask = self._valid_tokens(rollout)
+
+        seconds = {}
+        # The student keeps its training mode, as in TRL: its dropout is that of the loss.
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            with self._timer(seconds, "time/teacher_scoring"):
+                teacher_logps = self.teacher.per_token_logps(rollout)
+            if "old_per_token_logps" not in rollout:
+                with self._timer(seconds, "time/student_scoring"):
+                    rollout["old_per_token_logps"] = self._per_token_logps(self.model, rollout)
+        student_logps = rollout["old_per_token_logps"]
+        self._raise_if_not_finite("teacher", teacher_logps, mask, rollout)
+        self._raise_if_not_finite("student", student_logps, mask, rollout)
+
+        mode = "train" if self.model.training else "eval"
+        scores = token_scores(teacher_logps, student_logps, mask)
+        advantages, undefined = compute_advantages(
+            scores,
+            mask,
+            score_clip=self.args.score_clip,
+            normalization=self.args.advantage_normalization,
+            std_floor=self.args.std_floor,
+            num_generations=self.num_generations if mode == "train" else self.num_generations_eval,
+            gather=gather,
+            process_index=self.accelerator.process_index,
+        )
+        rollout["advantages"] = advantages
+
+        is_eos = torch.isin(rollout["completion_ids"], torch.tensor(self.eos_token_ids, device=mask.device))
+        statistics = score_statistics(
+            scores, teacher_logps, student_logps, advantages, undefined, is_eos, mask, self.args.score_clip
+        )
+        self._log_teacher(mode, statistics, seconds, scores, advantages, mask)
+        return rollout
+
+    @staticmethod
+    def _valid_tokens(rollout: dict[str, Any]) -> torch.Tensor:
+        """`(B, T)` mask of the tokens that take part in the loss: no padding, no tool output, nothing vLLM dropped."""
+        mask = rollout["completion_mask"].bool()
+        if "tool_mask" in rollout:
+            mask = mask & rollout["tool_mask"].bool()
+        if "importance_sampling_ratio" in rollout:
+            mask = mask & (rollout["importance_sampling_ratio"] != 0)
+        return mask
+
+    def _raise_if_not_finite(self, who: str, logps: torch.Tensor, mask: torch.Tensor, rollout: dict[str, Any]) -> None:
+        wrong = ~logps.isfinite() & mask
+        if not wrong.any():
+            return
+        row = wrong.any(-1).nonzero()[0].item()
+        prompt = self._tokenizer.decode(rollout["prompt_ids"][row][rollout["prompt_mask"][row].bool()])
+        raise ValueError(
+            f"The {who} gave non-finite log-probs for {wrong.sum().item()} of {mask.sum().item()} tokens, in "
+            f"{wrong.any(-1).sum().item()} of {len(mask)} completions on rank {self.accelerator.process_index} "
+            f"(NaN: {(logps.isnan() & mask).sum().item()}, infinite: {(logps.isinf() & mask).sum().item()}). First "
+            f"prompt: {prompt[-500:]!r}. Check the {who}'s weights and dtype (float16 overflows where bfloat16 does "
+            "not)."
+        )
+
+    @contextmanager
+    def _timer(self, seconds: dict[str, float], name: str):
+        def now():
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.synchronize(self.accelerator.device)
+            return time.perf_counter()
+
+        start = now()
+        yield
+        seconds[name] = now() - start
+
+    def _log_teacher(
+        self,
+        mode: str,
+        statistics: torch.Tensor,
+        seconds: dict[str, float],
+        scores: torch.Tensor,
+        advantages: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> None:
+        """Put the teacher's signal into TRL's metrics and completions table, in place of what stands for rewards."""
+        metrics = score_metrics(gather(statistics.unsqueeze(0)))
+        times = gather(torch.tensor([list(seconds.values())], device=mask.device)).amax(0)  # the slowest rank
+        metrics.update(zip(seconds, times.tolist(), strict=True))
+
+        # One row for each completion of all ranks, in the order of TRL's own logs; NaN without any valid token.
+        per_completion = torch.stack([scores, advantages], dim=-1).sum(1) / mask.sum(-1, keepdim=True)
+        mean_scores, mean_advantages = gather(per_completion).unbind(-1)
+        replace_last(self._logs[ADVANTAGES_LOG], mean_advantages.nan_to_num().tolist())
+        column = self._logs["rewards"][teacher_score.__name__]
+        if teacher_score not in self.reward_funcs:
+            column.extend(mean_scores.tolist())
+        else:
+            replace_last(column, mean_scores.tolist())
+            for name, value in self._reward_metrics(mode, mean_scores).items():
+                self._metrics[mode][name][-1] = value
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value)
+
+    def _reward_metrics(self, mode: str, mean_scores: torch.Tensor) -> dict[str, float]:
+        """What TRL logs about rewards, computed from the teacher's mean score per completion."""
+        mean, std = mean_scores.nanmean().item(), nanstd(mean_scores).item()
+        name = teacher_score.__name__
+        metrics = {f"rewards/{name}/mean": mean, f"rewards/{name}/std": std}
+        if self.reward_funcs == [teacher_score]:
+            num_generations = self.num_generations if mode == "train" else self.num_generations_eval
+            group_stds = nanstd(mean_scores.view(-1, num_generations), dim=1)  # NaN for groups of one
+            metrics["reward"], metrics["reward_std"] = mean, std
+            metrics["frac_reward_zero_std"] = (group_stds[~group_stds.isnan()] < 1e-8).float().mean().item()
+        return metrics
+
+    def _compute_loss(self, model, inputs):
+        if not self._is_sequence_token:
+            return super()._compute_loss(model, inputs)
+        self._loss_inputs = dict(inputs)
+        try:
+            return super()._compute_loss(model, self._loss_inputs)
+        finally:
+            self._loss_inputs = None
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        inputs = self._loss_inputs
+        if inputs is not None:  # called from the loss, which reads the old log-probs after this forward pass
+            mask = inputs["completion_mask"]
+            if "tool_mask" in inputs:
+                mask = mask * inputs["tool_mask"]
+            old_logps = inputs.get("old_per_token_logps")
+            old_logps = logps.detach() if old_logps is None else old_logps
+            logps, inputs["old_per_token_logps"] = sequence_token_logps(logps, old_logps, mask)
+        return logps, entropies, aux_loss
+
+
+def replace_last(log: deque, values: list) -> None:
+    """Overwrite the newest entries of one of TRL's logs, which may be too short to hold all of them."""
+    for _ in range(min(len(log), len(values))):
+        log.pop()
+    log.extend(values)

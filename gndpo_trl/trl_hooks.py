@@ -1,0 +1,56 @@
+"""Everything in TRL that this package relies on and that TRL does not promise to keep, in one place.
+
+`tests/test_trl_hooks.py` checks each of them against the installed TRL and says which one changed.
+"""
+
+from trl.models import prepare_deepspeed, prepare_fsdp
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, nanstd
+
+
+__all__ = [
+    "ADVANTAGES_LOG",
+    "METRICS",
+    "MULTIMODAL_KEYS",
+    "OVERRIDDEN_METHODS",
+    "ROLLOUT_KEYS",
+    "add_fused_lm_head",
+    "create_model_from_path",
+    "disable_gradient_checkpointing",
+    "get_config_model_id",
+    "nanstd",
+    "prepare_deepspeed",
+    "prepare_fsdp",
+]
+
+# Methods of `GRPOTrainer` that `GNDPOTrainer` overrides, calling `super()`.
+OVERRIDDEN_METHODS = {
+    # Its result is the batch that TRL shuffles, splits and hands to the loss; the advantages in it may be (B, T).
+    "_generate_and_score_completions": ("self", "inputs"),
+    # Reads `old_per_token_logps` from `inputs` only after the forward pass.
+    "_compute_loss": ("self", "model", "inputs"),
+    # Scores completions through the fused LM head; the one place where the loss computes log-probs.
+    "_get_per_token_logps_and_entropies": None,
+}
+
+# Tensors that `_generate_and_score_completions` returns and that scoring a rollout needs.
+ROLLOUT_KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+
+# Vision inputs that travel with a rollout and that `_get_per_token_logps_and_entropies` takes as keywords.
+MULTIMODAL_KEYS = (
+    "pixel_values",
+    "image_grid_thw",
+    "num_images",
+    "pixel_attention_mask",
+    "spatial_shapes",
+    "num_tiles",
+    "image_sizes",
+    "token_type_ids",
+    "mm_token_type_ids",
+    "image_position_ids",
+)
+
+# Reward metrics that TRL appends to `trainer._metrics[mode]` for every generation batch, and the column of
+# `trainer._logs` with one advantage per completion; both describe rewards until they are replaced.
+METRICS = ("reward", "reward_std", "frac_reward_zero_std")
+ADVANTAGES_LOG = "advantages"

@@ -1,0 +1,85 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from datasets import Dataset
+
+from gndpo_trl import GNDPOConfig
+
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def reference_vectors() -> list[dict]:
+    """Cases computed by the paper's code, in float64; `GNDPO_REFERENCE_VECTORS` names another file of the same form."""
+    committed = Path(__file__).parent / "reference_vectors.json"
+    cases = json.loads(Path(os.environ.get("GNDPO_REFERENCE_VECTORS") or committed).read_text())
+    return [
+        {
+            key: torch.tensor(value, dtype=torch.float64) if isinstance(value, list) else value
+            for key, value in case.items()
+        }
+        for case in cases
+    ]
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory) -> dict[str, str]:
+    """Paths of a student and a wider teacher of each family: `{family}-student`, `{family}-teacher`."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    paths = {}
+    for family, build in tiny_models.BUILDERS.items():
+        paths[f"{family}-student"] = tiny_models.save(*build(seed=0), root / f"{family}-student")
+        paths[f"{family}-teacher"] = tiny_models.save(*build(seed=1, width=48), root / f"{family}-teacher")
+    return paths
+
+
+@pytest.fixture(scope="session")
+def text_dataset() -> Dataset:
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+    questions = [f"what is {a} plus {b} ?" for a in words[:4] for b in words[4:]]
+    questions += [f"what is the sum of {a} and {a} and {a} ?" for a in words]
+    return Dataset.from_dict({"prompt": [[{"role": "user", "content": question}] for question in questions]})
+
+
+@pytest.fixture(scope="session")
+def image_dataset() -> Dataset:
+    """Questions with one or two images each, of different sizes."""
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "what is the sum ?"}],
+            "images": [tiny_models.draw_image(index + k) for k in range(1 + index % 2)],
+        }
+        for index in range(16)
+    ]
+    return Dataset.from_list(rows)
+
+
+@pytest.fixture
+def make_config(tmp_path):
+    """Configurations for runs of seconds on a CPU, in full precision."""
+
+    def make(**options) -> GNDPOConfig:
+        defaults = {
+            "output_dir": str(tmp_path / "out"),
+            "use_cpu": True,
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "per_device_train_batch_size": 4,
+            "num_generations": 2,
+            "max_completion_length": 8,
+            "max_steps": 2,
+            "learning_rate": 1e-3,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+        }
+        return GNDPOConfig(**{**defaults, **options})
+
+    return make
