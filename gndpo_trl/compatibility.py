@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import torch
 from PIL import Image
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 
 ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
@@ -19,6 +19,10 @@ NUM_NAMED_IDS = 5
 
 # Image backends differ by about a hundredth in normalized pixel values; other means, scales or crops differ by more.
 PIXEL_TOLERANCE = 0.1
+
+# Pixels (width, height) of the images that both processors are tried on: neither is square, and the second is large
+# enough to be cut into tiles or scaled down.
+PROBE_SIZES = ((96, 64), (1344, 896))
 
 
 def check_compatibility(
@@ -106,40 +110,50 @@ def check_images(
             f"{getattr(teacher.config, 'image_token_id', None)} for the teacher (`config.image_token_id`). Choose a "
             "`teacher_model` of the student's model family."
         )
-    # Not square, and not the same upside down, so that swapped sides, crops and resizing all show.
-    image = Image.linear_gradient("L").resize((96, 64)).convert("RGB")
-    student_inputs = student_processor.image_processor(images=[image], return_tensors="pt")
-    teacher_inputs = teacher_processor.image_processor(images=[image], return_tensors="pt")
+    for size in PROBE_SIZES:
+        image = Image.linear_gradient("L").resize(size).convert("RGB")  # not the same upside down
+        check_image_tensors(student_processor.image_processor, teacher_processor.image_processor, image)
+        student_count, teacher_count = (
+            count_image_tokens(processor, image, image_token_id, student_processor.chat_template)
+            for processor in (student_processor, teacher_processor)
+        )
+        if student_count != teacher_count:
+            raise ValueError(
+                f"An image of {size} pixels takes {student_count} placeholder tokens for the student and "
+                f"{teacher_count} for the teacher. The teacher reads the student's token ids, so its image features "
+                "would not fit: choose a `teacher_model` of the same model family, or make the processors equal."
+            )
+
+
+def check_image_tensors(student: BaseImageProcessor, teacher: BaseImageProcessor, image: Image.Image) -> None:
+    """Raise `ValueError`, naming the options that differ, if the two make other tensors of the same image."""
+    student_inputs = student(images=[image], return_tensors="pt")
+    teacher_inputs = teacher(images=[image], return_tensors="pt")
     for key in sorted(student_inputs.keys() | teacher_inputs.keys()):
-        values = [inputs.get(key) for inputs in (student_inputs, teacher_inputs)]
-        shapes = [list(value.shape) if isinstance(value, torch.Tensor) else value for value in values]
-        same = shapes[0] == shapes[1]
-        if same and isinstance(values[0], torch.Tensor):
-            same = torch.allclose(values[0].double(), values[1].double(), rtol=0, atol=PIXEL_TOLERANCE)
+        student_value, teacher_value = student_inputs.get(key), teacher_inputs.get(key)
+        if isinstance(student_value, torch.Tensor) and isinstance(teacher_value, torch.Tensor):
+            same = student_value.shape == teacher_value.shape and torch.allclose(
+                student_value.double(), teacher_value.double(), rtol=0, atol=PIXEL_TOLERANCE
+            )
+            found = (
+                f"shape {list(student_value.shape)} for the student and {list(teacher_value.shape)} for the teacher"
+            )
+        else:
+            same = student_value == teacher_value
+            found = f"{student_value} for the student and {teacher_value} for the teacher"
         if not same:
-            student_options = student_processor.image_processor.to_dict()
-            teacher_options = teacher_processor.image_processor.to_dict()
+            student_options, teacher_options = student.to_dict(), teacher.to_dict()
             options = [
                 f"`{name}` is {student_options.get(name)} and {teacher_options.get(name)}"
                 for name in sorted(student_options.keys() | teacher_options.keys())
                 if student_options.get(name) != teacher_options.get(name)
             ]
             raise ValueError(
-                f"The image processors of student and teacher disagree: the same image gives `{key}` of shape "
-                f"{shapes[0]} for the student and {shapes[1]} for the teacher, or other values in it. Options that "
-                f"differ (student, teacher): {'; '.join(options) or 'none'}. The teacher is given the student's image "
-                "tensors: choose a `teacher_model` of the same model family, or make the image processors equal."
+                f"The image processors of student and teacher disagree: the same image gives other `{key}` ({found}). "
+                f"Options that differ (student, teacher): {'; '.join(options) or 'none'}. The teacher is given the "
+                "student's image tensors: choose a `teacher_model` of the same model family, or make the image "
+                "processors equal."
             )
-    counts = [
-        count_image_tokens(processor, image, image_token_id, student_processor.chat_template)
-        for processor in (student_processor, teacher_processor)
-    ]
-    if counts[0] != counts[1]:
-        raise ValueError(
-            f"The same image takes {counts[0]} placeholder tokens for the student and {counts[1]} for the teacher. "
-            "The teacher reads the student's token ids, so its image features would not fit: choose a "
-            "`teacher_model` of the same model family, or make the processors equal."
-        )
 
 
 def count_image_tokens(

@@ -190,9 +190,6 @@ class GNDPOConfig(GRPOConfig):
     )
 
     def __post_init__(self):
-        # The command line passes "None" as a string.
-        if isinstance(self.score_clip, str):
-            self.score_clip = None if self.score_clip.lower() in ("none", "null") else float(self.score_clip)
         if self.score_clip is not None and not self.score_clip > 0:
             raise ValueError(
                 f"`score_clip` is {self.score_clip}, but it bounds the scores to [-score_clip, score_clip] and must "

@@ -24,8 +24,8 @@ from .importance import sequence_token_logps
 from .metrics import score_metrics, score_statistics
 from .teacher import LocalTeacher, load_teacher, prepare_teacher
 from .trl_hooks import (
-    ADVANTAGES_LOG,
     MULTIMODAL_KEYS,
+    REWARD_METRICS,
     disable_gradient_checkpointing,
     get_config_model_id,
     nanstd,
@@ -127,7 +127,7 @@ class GNDPOTrainer(GRPOTrainer):
                 f"`args` is a {type(args).__name__}, but GNDPOTrainer needs a GNDPOConfig: replace the class name, all "
                 "fields of GRPOConfig are there."
             )
-        if teacher_model is not None and teacher_model is model:
+        if teacher_model is model and not isinstance(model, str):
             raise ValueError(
                 "`teacher_model` and `model` are the same object, so the teacher would be trained with the student. "
                 "Load the teacher separately."
@@ -285,7 +285,7 @@ class GNDPOTrainer(GRPOTrainer):
         # One row for each completion of all ranks, in the order of TRL's own logs; NaN without any valid token.
         per_completion = torch.stack([scores, advantages], dim=-1).sum(1) / mask.sum(-1, keepdim=True)
         mean_scores, mean_advantages = gather(per_completion).unbind(-1)
-        replace_last(self._logs[ADVANTAGES_LOG], mean_advantages.nan_to_num().tolist())
+        replace_last(self._logs["advantages"], mean_advantages.nan_to_num().tolist())
         column = self._logs["rewards"][teacher_score.__name__]
         if teacher_score not in self.reward_funcs:
             column.extend(mean_scores.tolist())
@@ -304,8 +304,8 @@ class GNDPOTrainer(GRPOTrainer):
         if self.reward_funcs == [teacher_score]:
             num_generations = self.num_generations if mode == "train" else self.num_generations_eval
             group_stds = nanstd(mean_scores.view(-1, num_generations), dim=1)  # NaN for groups of one
-            metrics["reward"], metrics["reward_std"] = mean, std
-            metrics["frac_reward_zero_std"] = (group_stds[~group_stds.isnan()] < 1e-8).float().mean().item()
+            frac_zero_std = (group_stds[~group_stds.isnan()] < 1e-8).float().mean().item()
+            metrics.update(zip(REWARD_METRICS, (mean, std, frac_zero_std), strict=True))
         return metrics
 
     def _compute_loss(self, model, inputs):

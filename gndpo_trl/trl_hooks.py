@@ -9,11 +9,9 @@ from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_con
 
 
 __all__ = [
-    "ADVANTAGES_LOG",
-    "METRICS",
     "MULTIMODAL_KEYS",
     "OVERRIDDEN_METHODS",
-    "ROLLOUT_KEYS",
+    "REWARD_METRICS",
     "add_fused_lm_head",
     "create_model_from_path",
     "disable_gradient_checkpointing",
@@ -33,9 +31,6 @@ OVERRIDDEN_METHODS = {
     "_get_per_token_logps_and_entropies": None,
 }
 
-# Tensors that `_generate_and_score_completions` returns and that scoring a rollout needs.
-ROLLOUT_KEYS = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
-
 # Vision inputs that travel with a rollout and that `_get_per_token_logps_and_entropies` takes as keywords.
 MULTIMODAL_KEYS = (
     "pixel_values",
@@ -50,7 +45,6 @@ MULTIMODAL_KEYS = (
     "image_position_ids",
 )
 
-# Reward metrics that TRL appends to `trainer._metrics[mode]` for every generation batch, and the column of
-# `trainer._logs` with one advantage per completion; both describe rewards until they are replaced.
-METRICS = ("reward", "reward_std", "frac_reward_zero_std")
-ADVANTAGES_LOG = "advantages"
+# Metrics that TRL appends to `trainer._metrics[mode]` once for every generation batch, and that describe rewards.
+# `trainer._logs["rewards"][name]` and `trainer._logs["advantages"]` have one entry for each completion of all ranks.
+REWARD_METRICS = ("reward", "reward_std", "frac_reward_zero_std")

@@ -1,0 +1,84 @@
+import dataclasses
+import re
+
+import pytest
+from trl import GRPOConfig, TrlParser
+
+from gndpo_trl import GNDPOConfig
+
+
+CPU = ["--output_dir", "out", "--use_cpu", "True", "--bf16", "False"]
+
+
+def test_defaults_are_the_reference(make_config):
+    config = GNDPOConfig("out", use_cpu=True, bf16=False)
+    assert config.score_clip == 5.0
+    assert config.advantage_normalization == "global"
+    assert config.std_floor == 0.0
+    assert config.importance_sampling_level == "sequence_token"
+    assert config.loss_type == "grpo"
+    assert config.beta == 0.0
+    assert config.epsilon == 0.2 and config.epsilon_high is None
+    assert config.learning_rate == 1e-6
+    assert config.lr_scheduler_type == "constant"
+    assert config.weight_decay == 0.01
+    assert config.max_grad_norm == 1.0
+    assert config.vllm_importance_sampling_correction is False
+    assert config.temperature == 1.0 and config.top_p == 1.0
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"score_clip": 0.0}, r"`score_clip` is 0.0.*must be positive.*None"),
+        ({"score_clip": -1.0}, r"`score_clip` is -1.0"),
+        ({"score_clip": float("nan")}, r"`score_clip` is nan"),
+        ({"std_floor": -0.1}, r"`std_floor` is -0.1"),
+        ({"advantage_normalization": "batch"}, r"`advantage_normalization` is 'batch'.*'global', 'none', 'group'"),
+        ({"importance_sampling_level": "sequence"}, r"same gradient.*\"sequence_token\""),
+        ({"importance_sampling_level": "turn"}, r"`importance_sampling_level` is 'turn'"),
+    ],
+)
+def test_bad_values_are_refused_with_a_remedy(make_config, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**options)
+
+
+def test_one_generation_is_allowed_and_trl_still_checks_the_rest(make_config):
+    config = make_config(num_generations=1, per_device_train_batch_size=3)
+    assert config.num_generations == 1 and type(config.num_generations) is int
+    with pytest.raises(ValueError, match="divisible by num_generations"):
+        make_config(num_generations=2, per_device_train_batch_size=3)
+    with pytest.raises(ValueError, match="at least 2"):
+        make_config(num_generations=-1)
+    with pytest.raises(ValueError, match="vllm_importance_sampling_clip_min"):
+        make_config(num_generations=1, vllm_importance_sampling_clip_min=4.0)
+
+
+def test_the_command_line_and_recipes_reach_every_field(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("score_clip: null\nteacher_model_init_kwargs:\n  dtype: bfloat16\nnum_generations: 1\n")
+    (config,) = TrlParser((GNDPOConfig,)).parse_args_and_config(["--config", str(recipe), *CPU])
+    assert config.score_clip is None
+    assert config.teacher_model_init_kwargs == {"dtype": "bfloat16"}
+    assert config.num_generations == 1
+    (config,) = TrlParser((GNDPOConfig,)).parse_args_and_config(
+        [*CPU, "--score_clip", "2.5", "--teacher_model_init_kwargs", '{"dtype": "float16"}']
+    )
+    assert config.score_clip == 2.5
+    assert config.teacher_model_init_kwargs == {"dtype": "float16"}
+    (config,) = TrlParser((GNDPOConfig,)).parse_args_and_config([*CPU, "--score_clip", "None"])
+    assert config.score_clip is None
+
+
+def own_fields() -> list[dataclasses.Field]:
+    inherited = {field.name: field for field in dataclasses.fields(GRPOConfig)}
+    return [field for field in dataclasses.fields(GNDPOConfig) if inherited.get(field.name) is not field]
+
+
+def test_docstring_and_help_say_the_same():
+    docstring = " ".join(GNDPOConfig.__doc__.split())
+    for field in own_fields():
+        help_text = " ".join(field.metadata["help"].split())
+        assert help_text in docstring, f"the docstring does not contain the help of `{field.name}`"
+        assert re.search(rf"{field.name} \(`", docstring), f"`{field.name}` is not in the docstring"

@@ -1,0 +1,154 @@
+"""`examples/train_gndpo.py` from the command line: data sets of every kind, text and images, LoRA, resuming."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import DatasetDict
+from transformers import AutoModelForCausalLM
+from trl import ModelConfig, TrlParser
+
+from gndpo_trl import GNDPOConfig
+
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "train_gndpo.py"
+
+RECIPE = """
+use_cpu: true
+bf16: false
+gradient_checkpointing: false
+per_device_train_batch_size: 4
+num_generations: 2
+max_completion_length: 8
+max_steps: 2
+learning_rate: 1.0e-3
+logging_steps: 1
+report_to: none
+"""
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train_gndpo", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_gndpo"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def command(checkpoints, tmp_path):
+    """Arguments for a run on tiny models: recipe, student, teacher and output folder."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+
+    def build(dataset: Path | str, *options: str, family: str = "qwen3") -> list[str]:
+        return [
+            *("--config", str(recipe), "--output_dir", str(tmp_path / "out")),
+            *("--model_name_or_path", checkpoints[f"{family}-student"]),
+            *("--teacher_model_name_or_path", checkpoints[f"{family}-teacher"]),
+            *("--dataset_name", str(dataset), *options),
+        ]
+
+    return build
+
+
+def run(script, arguments: list[str]) -> None:
+    parser = TrlParser((script.GNDPOScriptArguments, GNDPOConfig, ModelConfig))
+    script.main(*parser.parse_args_and_config(arguments))
+
+
+def log_history(output_dir: Path, step: int) -> list[dict]:
+    return json.loads((output_dir / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
+
+
+def test_launched_with_accelerate(command, text_dataset, tmp_path):
+    DatasetDict(train=text_dataset, test=text_dataset).save_to_disk(tmp_path / "data")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--mixed_precision", "no"]
+    options = ["--eval_strategy", "steps", "--eval_steps", "2", "--num_generations_eval", "1"]
+    result = subprocess.run(
+        [*launch, "--dynamo_backend", "no", str(SCRIPT), *command(tmp_path / "data", *options)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    entries = log_history(tmp_path / "out", 2)
+    assert entries[0]["score/mean"] != 0
+    assert any("eval_score/mean" in entry for entry in entries)
+
+
+@pytest.mark.parametrize("kind", ["save_to_disk of one split", "parquet", "jsonl", "folder of parquet"])
+def test_data_sets_from_disk(script, command, text_dataset, tmp_path, kind):
+    path = tmp_path / "data"
+    if kind == "save_to_disk of one split":
+        text_dataset.save_to_disk(path)
+    elif kind == "folder of parquet":
+        path.mkdir()
+        text_dataset.to_parquet(path / "train-00000-of-00001.parquet")
+    else:
+        path = path.with_suffix(f".{kind}")
+        text_dataset.to_parquet(path) if kind == "parquet" else text_dataset.to_json(path)
+    run(script, command(path))
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_images_and_rewards(script, command, image_dataset, tmp_path, monkeypatch):
+    (tmp_path / "my_rewards.py").write_text(
+        "def length(completion_ids, **kwargs):\n    return [1.0 * len(ids) for ids in completion_ids]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    image_dataset.save_to_disk(tmp_path / "data")
+    suppress = json.dumps({"suppress_tokens": list(range(3, 11))})
+    options = ["--generation_kwargs", suppress, "--reward_funcs", "my_rewards.length", "think_format_reward"]
+    run(script, command(tmp_path / "data", *options, family="internvl"))
+    entry = log_history(tmp_path / "out", 2)[0]
+    assert entry["rewards/length/mean"] > 0 and "rewards/think_format_reward/mean" in entry
+
+
+def test_lora(script, command, text_dataset, tmp_path):
+    text_dataset.save_to_disk(tmp_path / "data")
+    run(script, command(tmp_path / "data", "--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj"))
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+
+
+def test_resume_finds_the_last_checkpoint(script, command, text_dataset, tmp_path):
+    text_dataset.save_to_disk(tmp_path / "data")
+    run(script, command(tmp_path / "data"))
+    run(script, command(tmp_path / "data", "--max_steps", "4", "--resume_from_checkpoint", "true"))
+    steps = [entry["step"] for entry in log_history(tmp_path / "out", 4) if "loss" in entry]
+    assert steps == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--dataset_train_split", "training"], r"`dataset_train_split` is 'training'.*\['train'\]"),
+        (["--eval_strategy", "steps"], r"`dataset_test_split` is 'test'.*\['train'\]"),
+        (["--reward_funcs", "accuracy"], r"`reward_funcs` names 'accuracy'.*accuracy_reward"),
+    ],
+)
+def test_bad_input_is_named(script, command, text_dataset, tmp_path, options, message):
+    DatasetDict(train=text_dataset).save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match=message):
+        run(script, command(tmp_path / "data", *options))
+
+
+def test_an_unknown_key_in_a_recipe_is_named(script, command, tmp_path):
+    arguments = command("nowhere")
+    (tmp_path / "recipe.yaml").write_text(RECIPE + "score_clamp: 5.0\n")
+    with pytest.raises(ValueError, match="score_clamp"):
+        run(script, arguments)
+
+
+def test_models_and_data_must_be_given(script, tmp_path):
+    basics = ["--output_dir", str(tmp_path), "--use_cpu", "True", "--bf16", "False"]
+    with pytest.raises(ValueError, match="`model_name_or_path` is not set"):
+        run(script, basics)
+    with pytest.raises(ValueError, match="`dataset_name` is not set"):
+        run(script, [*basics, "--model_name_or_path", "somewhere"])

@@ -1,0 +1,92 @@
+"""Each thing that we rely on in TRL without a promise. A failure here says what TRL changed; start reading there."""
+
+import dataclasses
+import inspect
+
+import tiny_models
+import torch
+import trl
+from trl import GRPOConfig, GRPOTrainer
+from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
+
+from gndpo_trl import GNDPOTrainer, trl_hooks
+
+
+def test_overridden_methods_exist_with_the_expected_parameters():
+    for name, parameters in trl_hooks.OVERRIDDEN_METHODS.items():
+        method = getattr(GRPOTrainer, name, None)
+        assert method is not None, f"TRL {trl.__version__} has no GRPOTrainer.{name} any more"
+        if parameters is not None:
+            assert tuple(inspect.signature(method).parameters) == parameters, f"GRPOTrainer.{name} changed"
+
+
+def test_scoring_takes_exactly_the_multimodal_inputs_that_we_pass():
+    parameters = list(inspect.signature(GRPOTrainer._get_per_token_logps_and_entropies).parameters)
+    first = ["self", "model", "input_ids", "attention_mask", "logits_to_keep", "batch_size"]
+    assert parameters[:6] == first, "_get_per_token_logps_and_entropies changed its first parameters"
+    own_options = {"compute_entropy", "compute_aux_loss"}
+    multimodal = set(parameters[6:]) - own_options
+    assert multimodal == set(trl_hooks.MULTIMODAL_KEYS), (
+        f"TRL's multimodal inputs changed: new {multimodal - set(trl_hooks.MULTIMODAL_KEYS)}, "
+        f"gone {set(trl_hooks.MULTIMODAL_KEYS) - multimodal}. Update MULTIMODAL_KEYS."
+    )
+
+
+def test_every_argument_of_grpo_trainer_is_taken_in_the_same_order():
+    theirs = list(inspect.signature(GRPOTrainer.__init__).parameters)
+    ours = list(inspect.signature(GNDPOTrainer.__init__).parameters)
+    assert ours[: len(theirs)] == theirs, "GRPOTrainer.__init__ has other parameters; pass them on"
+
+
+def test_the_loss_reads_old_logps_after_the_forward_pass():
+    """`sequence_token` replaces `old_per_token_logps` from within the forward pass."""
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    forward = source.find("self._get_per_token_logps_and_entropies(")
+    read = source.find('inputs.get("old_per_token_logps")')
+    assert 0 <= forward < read, "GRPOTrainer._compute_loss no longer reads the old log-probs after its forward pass"
+
+
+def test_the_sequence_level_is_still_the_one_that_we_refuse(make_config):
+    assert {field.name for field in dataclasses.fields(GRPOConfig)} >= {"importance_sampling_level", "loss_type"}
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    assert 'self.importance_sampling_level == "token"' in source, "TRL's token-level ratio has moved"
+
+
+def test_rollouts_and_logs_have_the_expected_form(make_config, checkpoints, text_dataset):
+    """GRPOTrainer's own rollout, before anything of ours touches it."""
+    config = GRPOConfig(**{
+        key: value
+        for key, value in make_config().to_dict().items()
+        if key in ("output_dir", "use_cpu", "bf16", "gradient_checkpointing", "report_to", "max_completion_length")
+    }, per_device_train_batch_size=4, num_generations=2)  # fmt: skip
+    trainer = GRPOTrainer(
+        checkpoints["qwen3-student"],
+        reward_funcs=lambda completions, **kwargs: [1.0] * len(completions),
+        args=config,
+        train_dataset=text_dataset,
+    )
+    trainer.model.train()
+    rollout = trainer._generate_and_score_completions([text_dataset[0]] * 2 + [text_dataset[1]] * 2)
+    for key in ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask"):
+        assert rollout[key].shape[0] == 4, f"the rollout has no {key}"
+    assert rollout["advantages"].shape == (4,)
+    for name in trl_hooks.REWARD_METRICS:
+        assert len(trainer._metrics["train"][name]) == 1, f"TRL no longer logs `{name}` once per generation batch"
+    assert len(trainer._logs["advantages"]) == 4
+    assert len(trainer._logs["rewards"]["<lambda>"]) == 4
+    assert isinstance(trainer.eos_token_ids, list)
+
+
+def test_the_fused_head_gives_log_probs_and_never_calls_the_lm_head():
+    model, _ = tiny_models.build_qwen3()
+    input_ids = torch.randint(3, 20, (2, 6))
+    with torch.no_grad():
+        expected = model(input_ids).logits[:, :-1].log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+    add_fused_lm_head(model, temperature=1.0)
+    calls = []
+    model.lm_head.register_forward_hook(lambda *args: calls.append(args))
+    with torch.no_grad():
+        output = model(input_ids, labels=input_ids, fused_lm_head=True)
+    assert isinstance(output, FusedCausalLMOutput)
+    torch.testing.assert_close(output.log_probs, expected)
+    assert not calls and "logits" not in output
