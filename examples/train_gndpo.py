@@ -121,6 +121,7 @@ def main(script_args: GNDPOScriptArguments, training_args: GNDPOConfig, model_ar
         resume = resume.lower() == "true"
     trainer.train(resume_from_checkpoint=resume)
 
+    trainer.save_state()
     trainer.save_model(training_args.output_dir)
     trainer.accelerator.print(f"Model saved to {training_args.output_dir}.")
     if training_args.push_to_hub:

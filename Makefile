@@ -1,0 +1,25 @@
+PYTHON ?= python3
+VENV ?= .venv
+SEED ?= 0
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/python examples/digits_demo.py --seed $(SEED)
+
+test: $(VENV)/.installed
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/ruff check --fix
+	$(VENV)/bin/ruff format
+
+$(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --progress-bar on --constraint constraints.txt --editable ".[deepspeed,wandb,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs
