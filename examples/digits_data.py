@@ -91,13 +91,18 @@ def build_splits(
 
 
 def with_wrong_sums(split: Dataset, seed: int) -> Dataset:
-    """`split` with one too many as the stated sum of a random half of its answers; the digits are still read right."""
+    """
+    `split` with the stated sum of a random half of its answers one too high; the digits are still read right.
+
+    Always one too high, not one up or one down: with a quarter each way the right sum would still be the likeliest,
+    and a student that learned this mixture well would be right when it decodes greedily. So it is a toss-up.
+    """
     rng = np.random.default_rng(seed)
 
     def spoil(row: dict) -> dict:
         a, b = map(int, _ADDITION.search(row["completion"][0]["content"]).groups())
         stated_sum = a + b + int(rng.integers(2))
-        return {"completion": [{"role": "assistant", "content": answer_text(a, b, stated_sum)}]}
+        return {**row, "completion": [{"role": "assistant", "content": answer_text(a, b, stated_sum)}]}
 
     return split.map(spoil, load_from_cache_file=False)
 

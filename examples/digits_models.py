@@ -1,9 +1,9 @@
 """Models of the digits task: a tiny native image-text teacher and student, trained here and saved as checkpoints.
 
-Both are `LlavaForConditionalGeneration` (a CLIP vision tower, an MLP, a Qwen3 decoder) with the stock `LlavaProcessor`,
-so `AutoProcessor` and `AutoModelForImageTextToText` load them like any other checkpoint. The teacher learns from right
-answers. The student learns from answers half of which state a sum that is one too high: it reads the digits, but
-adds badly.
+Both are `LlavaForConditionalGeneration` (a CLIP vision tower, an MLP, a Qwen3 decoder) with the stock
+`LlavaProcessor`, so `AutoProcessor` and `AutoModelForImageTextToText` load them like any other checkpoint. The teacher
+learns from right answers. The student learns from answers half of which state a sum that is one too high: it reads the
+digits, but adds badly.
 """
 
 from pathlib import Path
@@ -106,6 +106,7 @@ def build_model(processor: LlavaProcessor, width: int, seed: int) -> LlavaForCon
         num_key_value_heads=width // 16,
         head_dim=16,
         max_position_embeddings=128,
+        initializer_range=0.1,  # the usual 0.02 suits wide models; this narrow, some seeds then hardly learn to read
         tie_word_embeddings=True,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -135,7 +136,7 @@ def train_sft(
     seed: int,
     max_steps: int,
     learning_rate: float,
-    batch_size: int = 64,
+    batch_size: int = 32,
 ) -> None:
     """Train `model` in place on the completions of `train_split`, with TRL's SFTTrainer."""
     args = SFTConfig(
@@ -145,7 +146,7 @@ def train_sft(
         learning_rate=learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=20,
-        weight_decay=0.5,
+        weight_decay=1.0,  # strong: 1,297 scans are easily learned by heart
         completion_only_loss=True,
         gradient_checkpointing=False,
         bf16=False,
@@ -194,17 +195,16 @@ def build_teacher(splits: DatasetDict, output_dir: Path, seed: int) -> None:
     """166k parameters, trained on right answers; a minute and a half on one core."""
     processor = build_processor()
     model = build_model(processor, width=64, seed=seed)
-    train_sft(model, processor, splits["train"], output_dir, seed, max_steps=800, learning_rate=2e-3)
+    train_sft(model, processor, splits["train"], output_dir, seed, max_steps=1000, learning_rate=2e-3)
     save(model, processor, output_dir)
 
 
 def build_student(splits: DatasetDict, output_dir: Path, seed: int) -> None:
-    """95k parameters, trained on answers of which half state a sum that is one too high; a minute on one core."""
+    """95k parameters, trained on answers of which half state a sum that is one too high; half a minute on one core."""
     processor = build_processor()
     model = build_model(processor, width=48, seed=seed)
-    train_sft(
-        model, processor, with_wrong_sums(splits["train"], seed), output_dir, seed, max_steps=500, learning_rate=4e-3
-    )
+    train_split = with_wrong_sums(splits["train"], seed)
+    train_sft(model, processor, train_split, output_dir, seed, max_steps=400, learning_rate=3e-3)
     save(model, processor, output_dir)
 
 
