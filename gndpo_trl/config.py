@@ -5,6 +5,7 @@ from transformers.trainer_utils import SchedulerType
 from trl import GRPOConfig
 
 from .advantages import ADVANTAGE_NORMALIZATIONS
+from .launch import check_ddp_backend, check_launch
 
 
 class _SingleGeneration(int):
@@ -221,6 +222,8 @@ class GNDPOConfig(GRPOConfig):
         single = self.num_generations == 1
         if single:
             self.num_generations = _SingleGeneration(1)
+        check_ddp_backend(self)
         super().__post_init__()
         if single:
             self.num_generations = 1
+        check_launch(self)

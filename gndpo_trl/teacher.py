@@ -1,12 +1,13 @@
 """The teacher: where it comes from, how it is placed, and what it is asked."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import is_peft_model
-from transformers import AutoProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoProcessor, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from .config import GNDPOConfig
 from .trl_hooks import (
@@ -99,11 +100,38 @@ def prepare_teacher(teacher_model: PreTrainedModel, accelerator: Accelerator) ->
         teacher_model.get_base_model() if is_peft_model(teacher_model) else teacher_model,
         temperature=TEACHER_TEMPERATURE,
     )
-    if accelerator.state.deepspeed_plugin is not None:
-        return prepare_deepspeed(teacher_model, accelerator)
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        with zero3_buckets(plugin.deepspeed_config["zero_optimization"], teacher_model.config):
+            return prepare_deepspeed(teacher_model, accelerator)
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
         return prepare_fsdp(teacher_model, accelerator)
     return accelerator.prepare_model(teacher_model, evaluation_mode=True)
+
+
+@contextmanager
+def zero3_buckets(zero_optimization: dict[str, Any], config: PreTrainedConfig) -> Iterator[None]:
+    """
+    Fill in ZeRO-3's bucket sizes for a model where they are unset or `"auto"`, for as long as the context lasts.
+
+    transformers derives them from the student's hidden size, too late for the teacher; TRL derives a reference model's
+    from a top-level `hidden_size`, which image-text configurations do not have. The sizes are those of transformers.
+    """
+    before = dict(zero_optimization)
+    hidden_size = config.get_text_config().hidden_size
+    sizes = {
+        "reduce_bucket_size": hidden_size * hidden_size,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    if zero_optimization["stage"] == 3:
+        unset = {name: size for name, size in sizes.items() if zero_optimization.get(name, "auto") == "auto"}
+        zero_optimization.update(unset)
+    try:
+        yield
+    finally:
+        zero_optimization.clear()
+        zero_optimization.update(before)
 
 
 class LocalTeacher:

@@ -1,3 +1,4 @@
+import os
 import textwrap
 import time
 from collections import deque
@@ -15,12 +16,14 @@ from transformers import (
     ProcessorMixin,
     TrainerCallback,
 )
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
 from .advantages import compute_advantages, token_scores
 from .compatibility import check_compatibility
 from .config import GNDPOConfig
 from .importance import sequence_token_logps
+from .launch import check_final_save
 from .metrics import score_metrics, score_statistics
 from .teacher import LocalTeacher, load_teacher, prepare_teacher
 from .trl_hooks import (
@@ -132,6 +135,8 @@ class GNDPOTrainer(GRPOTrainer):
                 "`teacher_model` and `model` are the same object, so the teacher would be trained with the student. "
                 "Load the teacher separately."
             )
+        if args.save_strategy != "no":
+            check_final_save(args)
         teacher_model, teacher_processing_class = load_teacher(teacher_model, teacher_processing_class, args)
 
         super().__init__(
@@ -307,6 +312,26 @@ class GNDPOTrainer(GRPOTrainer):
             frac_zero_std = (group_stds[~group_stds.isnan()] < 1e-8).float().mean().item()
             metrics.update(zip(REWARD_METRICS, (mean, std, frac_zero_std), strict=True))
         return metrics
+
+    # TRL generates once for `steps_per_generation * num_iterations` micro-batches. A checkpoint in between would resume
+    # with other completions and out of step with the sampler, so the rest of the generation batch goes with it.
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        step = self.state.global_step * self.args.gradient_accumulation_steps
+        if step % (self.args.steps_per_generation * self.num_iterations) == 0 or self.args.save_only_model:
+            return
+        folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        os.makedirs(folder, exist_ok=True)
+        torch.save({"step": step, "inputs": self._buffered_inputs}, self._buffer_file(folder))
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None and os.path.exists(self._buffer_file(checkpoint)):
+            buffer = torch.load(self._buffer_file(checkpoint), map_location=self.accelerator.device, weights_only=True)
+            self._step, self._buffered_inputs = buffer["step"], buffer["inputs"]
+
+    def _buffer_file(self, folder: str) -> str:
+        return os.path.join(folder, f"generation_buffer_{self.accelerator.process_index}.pt")
 
     def _compute_loss(self, model, inputs):
         if not self._is_sequence_token:

@@ -29,6 +29,10 @@ OVERRIDDEN_METHODS = {
     "_compute_loss": ("self", "model", "inputs"),
     # Scores completions through the fused LM head; the one place where the loss computes log-probs.
     "_get_per_token_logps_and_entropies": None,
+    # Writes a checkpoint; the generation batch in progress, `_buffered_inputs` at `_step`, is not part of it.
+    "_save_checkpoint": ("self", "model", "trial"),
+    # Called once when a run resumes, before the first micro-batch.
+    "_load_optimizer_and_scheduler": ("self", "checkpoint"),
 }
 
 # Vision inputs that travel with a rollout and that `_get_per_token_logps_and_entropies` takes as keywords.

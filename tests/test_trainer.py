@@ -336,15 +336,31 @@ def test_iterable_datasets(make_trainer, text_dataset):
     assert trainer.state.global_step == 2
 
 
-def test_training_goes_on_from_a_checkpoint_as_if_never_interrupted(make_trainer, tmp_path):
-    options = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2}
-    whole = make_trainer(output_dir=str(tmp_path / "whole"), max_steps=4, **options)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradient_accumulation_steps": 2},
+        {"steps_per_generation": 4, "save_steps": 2},
+        {"steps_per_generation": 4, "save_steps": 3},  # in the middle of a generation batch
+        {"num_iterations": 2, "save_steps": 1},  # between its two uses
+    ],
+    ids=lambda options: "-".join(f"{key}={value}" for key, value in options.items()),
+)
+def test_training_goes_on_from_a_checkpoint_as_if_never_interrupted(make_trainer, tmp_path, options):
+    options = {"save_strategy": "steps", "save_steps": 2, **options}
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), max_steps=6, **options)
     whole.train()
-    make_trainer(output_dir=str(tmp_path / "parts"), max_steps=2, **options).train()
-    resumed = make_trainer(output_dir=str(tmp_path / "parts"), max_steps=4, **options)
+    parts = {"output_dir": str(tmp_path / "parts"), **options}
+    make_trainer(max_steps=options["save_steps"], **parts).train()
+    resumed = make_trainer(max_steps=6, **parts)
     resumed.train(resume_from_checkpoint=True)
     for name, parameter in whole.model.state_dict().items():
         assert torch.equal(parameter, resumed.model.state_dict()[name]), name
+    means = [
+        {entry["step"]: entry["score/mean"] for entry in trainer.state.log_history if "score/mean" in entry}
+        for trainer in (whole, resumed)
+    ]
+    assert means[0] == means[1]
 
 
 def test_checkpoints_hold_the_student_alone_and_load_anywhere(make_trainer, tmp_path):
