@@ -22,6 +22,7 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
+from gndpo_trl.launch import check_final_save
 
 
 REWARD_FUNCS = {
@@ -94,6 +95,7 @@ def get_reward_func(name: str) -> Callable:
 def main(script_args: GNDPOScriptArguments, training_args: GNDPOConfig, model_args: ModelConfig) -> None:
     if model_args.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is not set. Give the student's path or hub id.")
+    check_final_save(training_args)
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,

@@ -46,13 +46,19 @@ def check_ddp_backend(args: TrainingArguments) -> None:
 
 
 def check_final_save(args: TrainingArguments) -> None:
-    """Raise `ValueError` if saving under ZeRO-3 would write shards that `from_pretrained` cannot load."""
+    """Raise `ValueError` if saving would leave nothing that `from_pretrained` can load: shards, or no weights at all."""
     plugin = args.deepspeed_plugin
-    if plugin is None or plugin.zero_stage != 3:
-        return
-    if not plugin.deepspeed_config["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save"):
-        raise ValueError(
-            "Under ZeRO-3, models are saved as shards that `from_pretrained` cannot load unless "
-            "`zero3_save_16bit_model: true` is set in the accelerate configuration "
-            "(`stage3_gather_16bit_weights_on_model_save` in a DeepSpeed file). Set it."
-        )
+    if plugin is not None and plugin.zero_stage == 3:
+        if not plugin.deepspeed_config["zero_optimization"].get("stage3_gather_16bit_weights_on_model_save"):
+            raise ValueError(
+                "Under ZeRO-3, models are saved as shards that `from_pretrained` cannot load unless "
+                "`zero3_save_16bit_model: true` is set in the accelerate configuration "
+                "(`stage3_gather_16bit_weights_on_model_save` in a DeepSpeed file). Set it."
+            )
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        state_dict_type = os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+        if state_dict_type != "FULL_STATE_DICT":
+            raise ValueError(
+                f"Under FSDP with `fsdp_state_dict_type: {state_dict_type}`, transformers saves no model at the end of "
+                "a run. Set `fsdp_state_dict_type: FULL_STATE_DICT` in the accelerate configuration."
+            )

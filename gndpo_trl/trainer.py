@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import gather
+from accelerate.utils import gather, send_to_device
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from transformers import (
     BitsAndBytesConfig,
@@ -25,6 +25,7 @@ from .config import GNDPOConfig
 from .importance import sequence_token_logps
 from .launch import check_final_save
 from .metrics import score_metrics, score_statistics
+from .sigterm import AgreedJITCheckpointCallback, JITCheckpointCallback
 from .teacher import LocalTeacher, load_teacher, prepare_teacher
 from .trl_hooks import (
     MULTIMODAL_KEYS,
@@ -155,6 +156,11 @@ class GNDPOTrainer(GRPOTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
+
+        if args.enable_jit_checkpoint:
+            callback = AgreedJITCheckpointCallback()
+            callback.jit_manager = self.pop_callback(JITCheckpointCallback).jit_manager
+            self.add_callback(callback)
 
         # TRL knows "token" and "sequence"; "sequence_token" reaches its token-level ratio through `_compute_loss`.
         self._is_sequence_token = self.importance_sampling_level == "sequence_token"
@@ -327,8 +333,9 @@ class GNDPOTrainer(GRPOTrainer):
     def _load_optimizer_and_scheduler(self, checkpoint):
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and os.path.exists(self._buffer_file(checkpoint)):
-            buffer = torch.load(self._buffer_file(checkpoint), map_location=self.accelerator.device, weights_only=True)
-            self._step, self._buffered_inputs = buffer["step"], buffer["inputs"]
+            buffer = torch.load(self._buffer_file(checkpoint), map_location="cpu", weights_only=True)
+            self._step = buffer["step"]
+            self._buffered_inputs = send_to_device(buffer["inputs"], self.accelerator.device)
 
     def _buffer_file(self, folder: str) -> str:
         return os.path.join(folder, f"generation_buffer_{self.accelerator.process_index}.pt")

@@ -1,10 +1,12 @@
 """Launched by the tests in several processes: one training run on canned completions, and what each rank saw of it.
 
 Usage: `accelerate launch ... run_training.py SPEC.json`, where the specification holds `model`, `teacher`, `config` (the
-fields of GNDPOConfig), `completions` (token ids of the one completion of each prompt, or null to sample), `images`
-(whether prompts have one), `resume`, `save` and `fail` (what shall go wrong, and on which rank).
+fields of GNDPOConfig), `report` (the folder for `rank{N}.json`), and optionally `completions` (token ids of the one
+completion of each prompt; without them the student samples), `images` (whether prompts have one), `lora`, `resume`,
+`save` (a folder), `fail` (what shall go wrong on the last rank) and `fsdp` (see below).
 """
 
+import io
 import json
 import sys
 from pathlib import Path
@@ -14,8 +16,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny_models
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
+from PIL import Image
 from transformers import AutoProcessor
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
@@ -24,12 +29,30 @@ from gndpo_trl import GNDPOConfig, GNDPOTrainer
 PROMPTS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
 
 
+def offer_fsdp_on_cpus() -> None:
+    """accelerate knows FSDP on accelerators alone, but torch's FSDP2 runs on gloo as well: pass for an accelerator."""
+    initialize = PartialState.__init__
+
+    def initialize_as_accelerator(self, *args, **kwargs):
+        initialize(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = initialize_as_accelerator
+
+
+def open_broken_image(rows: dict) -> dict:
+    return {**rows, "images": [[Image.open(io.BytesIO(b"not an image"))] for _ in rows["prompt"]]}
+
+
 def main(spec: dict) -> None:
     torch.set_num_threads(1)
+    if spec.get("fsdp"):
+        offer_fsdp_on_cpus()
     config = GNDPOConfig(**spec["config"])
     processing_class = AutoProcessor.from_pretrained(spec["model"])
     rows = [{"prompt": [{"role": "user", "content": f"what is {word} ?"}]} for word in PROMPTS]
-    if spec["images"]:
+    if spec.get("images"):
         rows = [{**row, "images": [tiny_models.draw_image(index)]} for index, row in enumerate(rows)]
 
     def rollout_func(prompts, trainer):
@@ -49,13 +72,16 @@ def main(spec: dict) -> None:
         args=config,
         train_dataset=Dataset.from_list(rows),
         processing_class=processing_class,
-        rollout_func=rollout_func if spec["completions"] else None,
+        rollout_func=rollout_func if spec.get("completions") else None,
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if spec.get("lora") else None,
     )
     rank = trainer.accelerator.process_index
-    if spec.get("fail") == f"teacher on rank {rank}":
+    if rank == trainer.accelerator.num_processes - 1 and spec.get("fail") == "teacher":
         score = trainer.teacher.score
         trainer.teacher.score = lambda model, rollout: score(model, rollout) * float("nan")
+    if rank == trainer.accelerator.num_processes - 1 and spec.get("fail") == "image":
+        trainer.train_dataset = trainer.train_dataset.map(lambda row: row, load_from_cache_file=False)
+        trainer.train_dataset.set_transform(open_broken_image)
 
     advantages = {}
     forwards = {"teacher": 0, "student": 0}
@@ -86,8 +112,14 @@ def main(spec: dict) -> None:
     trainer.train(resume_from_checkpoint=spec.get("resume"))
     if spec.get("save"):
         trainer.save_model(spec["save"])
+    engine = trainer.teacher.model
+    buckets = None
+    if hasattr(engine, "zero_optimization_partition_weights") and engine.zero_optimization_partition_weights():
+        buckets = [engine.zero_reduce_bucket_size(), engine.zero_prefetch_bucket_size()]
+        buckets += [engine.zero_param_persistence_threshold()]
     report = {
         "advantages": advantages,
+        "teacher_buckets": buckets,
         "teacher_forwards": forwards["teacher"],
         "teacher_parameters": {"held": held, "whole": whole},
         "log_history": trainer.state.log_history,

@@ -1,0 +1,102 @@
+"""The same completions give the same advantages and the same gradients, however they are spread over processes."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+END = 2  # <|im_end|>, the tiny tokenizers' end token
+LENGTHS = [2, 9, 3, 12, 1, 4, 20, 6]
+COMPLETIONS = [[11 + (7 * row + 3 * token) % 20 for token in range(length)] for row, length in enumerate(LENGTHS)]
+# The first process's completions end, and the second one's are all truncated.
+HALF_ENDED = [ids + [END] if row < 4 else ids for row, ids in enumerate(COMPLETIONS)]
+
+CASES = {
+    "text": {"completions": COMPLETIONS},
+    "one rank masked": {"completions": HALF_ENDED, "config": {"mask_truncated_completions": True}},
+    "images": {"completions": COMPLETIONS, "family": "internvl"},
+}
+
+
+def run_case(launch, case: str, accelerate_config: str | None, batch_size: int, accumulation: int, **spec):
+    options = CASES[case]
+    config = {
+        **options.get("config", {}),
+        "per_device_train_batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation,
+    }
+    run = launch(accelerate_config, options.get("family", "qwen3"), config, completions=options["completions"], **spec)
+    assert run.returncode == 0, run.output
+    return run
+
+
+@pytest.fixture(scope="module")
+def one_process(launch):
+    """Each case on one process with four accumulation steps."""
+    runs = {}
+
+    def get(case: str):
+        if case not in runs:
+            runs[case] = run_case(launch, case, None, 2, 4)
+        return runs[case]
+
+    return get
+
+
+def gradients(run, start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    after = load_file(run.folder / "saved" / "model.safetensors")
+    assert after.keys() == start.keys()
+    return {name: start[name] - after[name] for name in start}
+
+
+@pytest.mark.parametrize(
+    "case, accelerate_config, batch_size, accumulation",
+    [
+        ("text", "ddp", 2, 2),
+        ("text", "ddp", 4, 1),
+        ("text", "zero1", 2, 2),
+        ("text", "zero2", 2, 2),
+        ("text", "zero3", 2, 2),
+        ("text", "fsdp2", 2, 2),
+        ("one rank masked", "ddp", 2, 2),
+        ("one rank masked", "zero3", 2, 2),
+        ("images", "ddp", 2, 2),
+        ("images", "zero3", 2, 2),
+    ],
+)
+def test_two_processes_equal_one(launch, one_process, checkpoints, case, accelerate_config, batch_size, accumulation):
+    expected = one_process(case)
+    found = run_case(launch, case, accelerate_config, batch_size, accumulation, fsdp=accelerate_config == "fsdp2")
+    assert len(found.reports) == 2 and found.reports[0]["num_processes"] == 2
+    kind = {"ddp": "MULTI_CPU", "fsdp2": "FSDP"}.get(accelerate_config, "DEEPSPEED")
+    assert kind in found.reports[0]["distributed_type"]
+
+    advantages = {**found.reports[0]["advantages"], **found.reports[1]["advantages"]}
+    assert advantages.keys() == expected.reports[0]["advantages"].keys()
+    for word, row in expected.reports[0]["advantages"].items():
+        assert advantages[word] == pytest.approx(row, abs=1e-5), word
+    if case == "one rank masked":
+        assert not any(any(row) for row in found.reports[1]["advantages"].values())
+
+    family = CASES[case].get("family", "qwen3")
+    start = load_file(f"{checkpoints[f'{family}-student']}/model.safetensors")
+    one, two = gradients(expected, start), gradients(found, start)
+    assert max(gradient.abs().max() for gradient in one.values()) > 1e-2
+    for name, gradient in one.items():
+        torch.testing.assert_close(two[name], gradient, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+    entries = [run.reports[0]["log_history"][0] for run in (expected, found)]
+    for name, value in entries[0].items():
+        if name.startswith(("score/", "advantages/", "teacher/", "student/", "reverse_kl", "reward")):
+            assert entries[1][name] == (None if value is None else pytest.approx(value, abs=1e-5)), name
+
+    # Every process runs the same number of forward passes, whatever the lengths of its completions.
+    assert found.reports[0]["teacher_forwards"] == found.reports[1]["teacher_forwards"] > 0
+    for report in found.reports:
+        held, whole = report["teacher_parameters"]["held"], report["teacher_parameters"]["whole"]
+        if accelerate_config in ("zero3", "fsdp2"):
+            assert held <= 0.51 * whole, "the teacher is not sharded"
+        else:
+            assert held == whole
+        if accelerate_config == "zero3":  # from the text configuration's hidden size
+            assert report["teacher_buckets"] == [48 * 48, int(0.9 * 48 * 48), 10 * 48]
