@@ -111,7 +111,7 @@ def test_the_training_script_under_torchrun_with_a_deepspeed_file(checkpoints, t
         "output_dir": tmp_path / "out",
         "deepspeed": ROOT / "recipes" / "deepspeed" / "zero3.json",
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     arguments = [str(part) for key, value in options.items() for part in (f"--{key}", value)]
     result = subprocess.run(
         [*command, str(ROOT / "examples" / "train_gndpo.py"), *arguments],
