@@ -5,7 +5,7 @@ SEED ?= 0
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.installed
-	$(VENV)/bin/python examples/digits_demo.py --seed $(SEED)
+	PYTHONWARNINGS=ignore::FutureWarning $(VENV)/bin/python examples/digits_demo.py --seed $(SEED)
 
 test: $(VENV)/.installed
 	$(VENV)/bin/ruff check

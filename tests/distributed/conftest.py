@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).parent / "run_training.py"
 
 # The first multi-process run of DeepSpeed on a machine compiles its CPU collectives, which takes two minutes.
-TIMEOUT = 400
+TIMEOUT = 300
 
 CONFIG = {
     "use_cpu": True,
