@@ -9,6 +9,7 @@ from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_con
 
 
 __all__ = [
+    "ATTRIBUTES",
     "MULTIMODAL_KEYS",
     "OVERRIDDEN_METHODS",
     "REWARD_METRICS",
@@ -34,6 +35,24 @@ OVERRIDDEN_METHODS = {
     # Called once when a run resumes, before the first micro-batch.
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
 }
+
+# Attributes of a constructed `GRPOTrainer` that are read or set.
+ATTRIBUTES = (
+    "_buffered_inputs",
+    "_logs",
+    "_metrics",
+    "_step",
+    "_tokenizer",
+    "eos_token_ids",
+    "generation_config",
+    "generation_kwargs",
+    "importance_sampling_level",
+    "num_generations",
+    "num_generations_eval",
+    "num_iterations",
+    "reward_funcs",
+    "use_vllm",
+)
 
 # Vision inputs that travel with a rollout and that `_get_per_token_logps_and_entropies` takes as keywords.
 MULTIMODAL_KEYS = (

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen3ForCausalLM
+from transformers import AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig, Qwen3ForCausalLM
 from trl import GRPOConfig
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -543,6 +543,14 @@ def test_the_teacher_keeps_its_dtype_unless_told(make_trainer, tmp_path):
     trainer = make_trainer(teacher_model=path, teacher_model_init_kwargs={"dtype": "float32"})
     assert trainer.teacher.model.dtype == torch.float32
     trainer.train()
+
+
+def test_a_quantized_teacher(make_trainer):
+    quantization_config = BitsAndBytesConfig(load_in_8bit=True)
+    trainer = make_trainer(teacher_model_init_kwargs={"quantization_config": quantization_config, "dtype": "float32"})
+    assert any(type(module).__name__ == "Linear8bitLt" for module in trainer.teacher.model.modules())
+    trainer.train()
+    assert math.isfinite(trainer.state.log_history[0]["score/mean"])
 
 
 def test_a_plain_grpo_config_is_refused(checkpoints, text_dataset):

@@ -2,7 +2,7 @@
 
 Usage: `accelerate launch ... run_training.py SPEC.json`, where the specification holds `model`, `teacher`, `config` (the
 fields of GNDPOConfig), `report` (the folder for `rank{N}.json`), and optionally `completions` (token ids of the one
-completion of each prompt; without them the student samples), `images` (whether prompts have one), `lora`, `resume`,
+completion of each prompt; without them the student samples), `images` (whether prompts have one), `lora` (true or "4bit"), `resume`,
 `save` (a folder), `fail` (what shall go wrong on the last rank) and `fsdp` (see below).
 """
 
@@ -21,7 +21,7 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoProcessor, BitsAndBytesConfig
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
 
@@ -66,6 +66,10 @@ def main(spec: dict) -> None:
             "logprobs": [[0.0] * len(completion) for completion in completions],
         }
 
+    # Stored in the dtype of the rest, so that ZeRO-3 can gather all parameters alike.
+    quantization_config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_storage=torch.float32
+    )
     trainer = GNDPOTrainer(
         model=spec["model"],
         teacher_model=spec["teacher"],
@@ -74,6 +78,7 @@ def main(spec: dict) -> None:
         processing_class=processing_class,
         rollout_func=rollout_func if spec.get("completions") else None,
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if spec.get("lora") else None,
+        quantization_config=quantization_config if spec.get("lora") == "4bit" else None,
     )
     rank = trainer.accelerator.process_index
     if rank == trainer.accelerator.num_processes - 1 and spec.get("fail") == "teacher":
@@ -120,6 +125,7 @@ def main(spec: dict) -> None:
     report = {
         "advantages": advantages,
         "teacher_buckets": buckets,
+        "num_4bit_layers": sum(type(module).__name__ == "Linear4bit" for module in trainer.model.modules()),
         "teacher_forwards": forwards["teacher"],
         "teacher_parameters": {"held": held, "whole": whole},
         "log_history": trainer.state.log_history,

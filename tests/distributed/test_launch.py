@@ -8,6 +8,7 @@ import time
 
 import pytest
 import torch
+from accelerate.commands.config.config_args import load_config_from_file
 from conftest import CONFIG, ROOT, WORKER, environment, launcher
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -38,10 +39,24 @@ def test_resuming_ends_in_the_weights_of_the_uninterrupted_run(launch, accelerat
         assert path.stat().st_size < 4 * 4 * student, path
 
 
+def test_offloading_to_the_cpu_trains_as_without(launch):
+    """With Adam, which DeepSpeed then runs as an implementation of its own; after two steps they agree closely."""
+    config = {**ADAMW, "max_steps": 2, "max_completion_length": 8}
+    weights = {}
+    for name in ("zero3", "zero3_offload"):
+        run = launch(name, config=config)
+        assert run.returncode == 0, run.output
+        weights[name] = load_file(run.folder / "saved" / "model.safetensors")
+    for name, weight in weights["zero3"].items():
+        torch.testing.assert_close(weights["zero3_offload"][name], weight, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("accelerate_config", ["zero2", "zero3"])
-def test_lora_students(launch, checkpoints, accelerate_config):
-    run = launch(accelerate_config, config={**ADAMW, "max_steps": 2, "gradient_checkpointing": True}, lora=True)
+@pytest.mark.parametrize("lora", [True, "4bit"])
+def test_lora_students(launch, accelerate_config, lora):
+    run = launch(accelerate_config, config={**ADAMW, "max_steps": 2, "gradient_checkpointing": True}, lora=lora)
     assert run.returncode == 0, run.output
+    assert (run.reports[0]["num_4bit_layers"] > 0) == (lora == "4bit")
     adapter = load_file(run.folder / "saved" / "adapter_model.safetensors")
     assert all("lora" in name for name in adapter)
     assert any(weight.abs().max() > 0 for name, weight in adapter.items() if "lora_B" in name)
@@ -145,6 +160,13 @@ def test_mistakes_in_the_launch_are_named_before_any_model_is_loaded(monkeypatch
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
         make_config(**config)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "accelerate").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_recipes_for_accelerate_are_ones_it_knows(path):
+    config = load_config_from_file(str(path))  # raises on a key that accelerate does not know
+    assert config.num_processes == (2 if path.parent.name == "cpu" else 1 if path.stem == "single" else 8)
+    assert config.mixed_precision == ("no" if path.parent.name == "cpu" else "bf16")
 
 
 def test_a_world_size_that_does_not_divide_the_generation_batch(launch):
