@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import gather, send_to_device
+from accelerate.utils import gather, is_peft_model, send_to_device
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
+from peft import PeftConfig, PeftModel
 from transformers import (
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -101,7 +102,7 @@ class GNDPOTrainer(GRPOTrainer):
 
     def __init__(
         self,
-        model: "str | PreTrainedModel | Any",
+        model: str | PreTrainedModel | PeftModel,
         reward_funcs: Any = None,
         args: GNDPOConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -116,7 +117,7 @@ class GNDPOTrainer(GRPOTrainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
         quantization_config: BitsAndBytesConfig | None = None,
-        peft_config: Any = None,
+        peft_config: PeftConfig | None = None,
         tools: list[Callable] | None = None,
         rollout_func: Callable | None = None,
         environment_factory: Any = None,
@@ -157,10 +158,23 @@ class GNDPOTrainer(GRPOTrainer):
             environment_factory=environment_factory,
         )
 
+        # Under ZeRO-3, transformers 5.23 remembers all renamings of weights that it might have needed to load a model,
+        # and undoes them when it saves: the text weights of image-text checkpoints then get names that only it can read.
+        student = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        if getattr(student, "_weight_conversions", None) is not None:
+            student._weight_conversions = [change for change in student._weight_conversions if change.was_used()]
+
         if args.enable_jit_checkpoint:
             callback = AgreedJITCheckpointCallback()
             callback.jit_manager = self.pop_callback(JITCheckpointCallback).jit_manager
             self.add_callback(callback)
+
+        image_columns = {"image", "images"} & set(getattr(train_dataset, "column_names", None) or ())
+        if image_columns and not isinstance(self.processing_class, ProcessorMixin):
+            raise ValueError(
+                f"`train_dataset` has the column {image_columns.pop()!r}, but the student ({type(self.model).__name__}) "
+                "has no processor for images, so they would be ignored. Train an image-text model, or remove the column."
+            )
 
         # TRL knows "token" and "sequence"; "sequence_token" reaches its token-level ratio through `_compute_loss`.
         self._is_sequence_token = self.importance_sampling_level == "sequence_token"
