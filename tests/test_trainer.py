@@ -386,17 +386,14 @@ def test_the_teacher_never_changes_and_never_asks_for_gradients(make_trainer):
 
 def test_the_default_configuration_is_gndpo(checkpoints, text_dataset, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(GNDPOTrainer, "train", lambda self: None)
+    models = {"model": checkpoints["qwen3-student"], "teacher_model": checkpoints["qwen3-teacher"]}
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="bf16"):  # transformers' own word about a machine without a GPU
-            GNDPOTrainer(
-                checkpoints["qwen3-student"], teacher_model=checkpoints["qwen3-teacher"], train_dataset=text_dataset
-            )
+            GNDPOTrainer(**models, train_dataset=text_dataset)
         return
-    trainer = GNDPOTrainer(
-        checkpoints["qwen3-student"], teacher_model=checkpoints["qwen3-teacher"], train_dataset=text_dataset
-    )
+    trainer = GNDPOTrainer(**models, train_dataset=text_dataset)
     assert trainer.args.output_dir.endswith("qwen3-student-GNDPO")
+    assert trainer.args.importance_sampling_level == "sequence_token"
 
 
 # What it logs

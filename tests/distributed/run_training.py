@@ -136,7 +136,7 @@ def main(spec: dict) -> None:
     }
     Path(spec["report"], f"rank{rank}.json").write_text(json.dumps(report))
     trainer.accelerator.wait_for_everyone()
-    # Without tearing the process group down: about one time in a hundred, gloo's threads abort a process that does so
+    # Without tearing the process group down: now and then gloo's threads abort a process that does so
     # ("terminate called without an active exception"), after all of its work is done.
     sys.stdout.flush()
     sys.stderr.flush()
