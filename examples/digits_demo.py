@@ -161,7 +161,7 @@ def main() -> None:
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     plot_report(steps, summary, output_dir / "report.png")
     print_table(summary)
-    print(f"Written: {output_dir / 'summary.json'}, {output_dir / 'report.png'}")
+    print(f"Written: {args.output_dir / 'summary.json'}, {args.output_dir / 'report.png'}")
 
 
 if __name__ == "__main__":
