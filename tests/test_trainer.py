@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig, Qwen3ForCausalLM
-from trl import GRPOConfig
+from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from gndpo_trl import GNDPOTrainer
@@ -592,14 +592,14 @@ def test_a_teacher_with_a_larger_padded_vocabulary_is_fine(make_trainer, tmp_pat
 def test_images_dropped_by_trl_stop_the_run(make_trainer, monkeypatch):
     """TRL marks a batch whose images it dropped by `num_images=None`; see its truncation safety for tool images."""
     trainer = make_trainer("qwen25vl")
-    original = GNDPOTrainer.__mro__[1]._generate_and_score_completions
+    original = GRPOTrainer._generate_and_score_completions
 
     def dropping(self, inputs):
         rollout = original(self, inputs)
         del rollout["pixel_values"], rollout["image_grid_thw"]
         return {**rollout, "num_images": None}
 
-    monkeypatch.setattr(GNDPOTrainer.__mro__[1], "_generate_and_score_completions", dropping)
+    monkeypatch.setattr(GRPOTrainer, "_generate_and_score_completions", dropping)
     with pytest.raises(ValueError, match="dropped all images.*`max_completion_length`"):
         trainer.train()
 

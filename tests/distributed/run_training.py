@@ -2,8 +2,8 @@
 
 Usage: `accelerate launch ... run_training.py SPEC.json`, where the specification holds `model`, `teacher`, `config` (the
 fields of GNDPOConfig), `report` (the folder for `rank{N}.json`), and optionally `completions` (token ids of the one
-completion of each prompt; without them the student samples), `images` (whether prompts have one), `lora` (true or "4bit"), `resume`,
-`save` (a folder), `fail` (what shall go wrong on the last rank) and `fsdp` (see below).
+completion of each prompt; without them the student samples), `images` (whether prompts have one), `lora` (true or
+"4bit"), `resume`, `save` (a folder), `fail` (what shall go wrong on the last rank) and `fsdp` (see below).
 """
 
 import io
@@ -42,6 +42,11 @@ def offer_fsdp_on_cpus() -> None:
     PartialState.__init__ = initialize_as_accelerator
 
 
+def word_of(prompt: str) -> str:
+    """The word of `PROMPTS` that a decoded prompt asks for."""
+    return prompt.split(" ?")[0].split()[-1]
+
+
 def open_broken_image(rows: dict) -> dict:
     return {**rows, "images": [[Image.open(io.BytesIO(b"not an image"))] for _ in rows["prompt"]]}
 
@@ -59,7 +64,7 @@ def main(spec: dict) -> None:
     def rollout_func(prompts, trainer):
         """The completion of each prompt from the specification, in place of sampling."""
         prompt_ids, _, _ = trainer._tokenize_prompts(prompts)
-        words = [trainer._tokenizer.decode(ids).split(" ?")[0].split()[-1] for ids in prompt_ids]
+        words = [word_of(trainer._tokenizer.decode(ids)) for ids in prompt_ids]
         completions = [spec["completions"][PROMPTS.index(word)] for word in words]
         return {
             "prompt_ids": prompt_ids,
@@ -82,20 +87,17 @@ def main(spec: dict) -> None:
         quantization_config=quantization_config if spec.get("lora") == "4bit" else None,
     )
     rank = trainer.accelerator.process_index
-    if rank == trainer.accelerator.num_processes - 1 and spec.get("fail") == "teacher":
+    fail = spec.get("fail") if trainer.accelerator.is_last_process else None
+    if fail == "teacher":
         score = trainer.teacher.score
         trainer.teacher.score = lambda model, rollout: score(model, rollout) * float("nan")
-    if rank == trainer.accelerator.num_processes - 1 and spec.get("fail") == "image":
-        trainer.train_dataset = trainer.train_dataset.map(lambda row: row, load_from_cache_file=False)
+    if fail == "image":
         trainer.train_dataset.set_transform(open_broken_image)
 
     advantages = {}
-    forwards = {"teacher": 0, "student": 0}
-
-    def count(name: str) -> None:
-        forwards[name] += 1
-
-    trainer.teacher.model.register_forward_pre_hook(lambda *args: count("teacher"))
+    teacher_forwards = []
+    engine = trainer.teacher.model
+    engine.register_forward_pre_hook(lambda *args: teacher_forwards.append(1))
     compute = trainer._generate_and_score_completions
 
     def watch(inputs):
@@ -103,14 +105,13 @@ def main(spec: dict) -> None:
         for ids, row, mask in zip(
             rollout["prompt_ids"], rollout["advantages"], rollout["completion_mask"], strict=True
         ):
-            word = trainer._tokenizer.decode(ids).split(" ?")[0].split()[-1]
-            advantages[word] = row[: int(mask.sum())].tolist()
+            advantages[word_of(trainer._tokenizer.decode(ids))] = row[: int(mask.sum())].tolist()
         return rollout
 
     trainer._generate_and_score_completions = watch
-    teacher = trainer.accelerator.unwrap_model(trainer.teacher.model)
+    teacher = trainer.accelerator.unwrap_model(engine)
     if trainer.is_fsdp_enabled:
-        held = sum(parameter.to_local().numel() for parameter in trainer.teacher.model.parameters())
+        held = sum(parameter.to_local().numel() for parameter in engine.parameters())
     else:
         held = sum(getattr(p, "ds_tensor", p).numel() for p in teacher.parameters())
     whole = sum(getattr(p, "ds_numel", p.numel()) for p in teacher.parameters())
@@ -118,7 +119,6 @@ def main(spec: dict) -> None:
     trainer.train(resume_from_checkpoint=spec.get("resume"))
     if spec.get("save"):
         trainer.save_model(spec["save"])
-    engine = trainer.teacher.model
     buckets = None
     if hasattr(engine, "zero_optimization_partition_weights") and engine.zero_optimization_partition_weights():
         buckets = [engine.zero_reduce_bucket_size(), engine.zero_prefetch_bucket_size()]
@@ -127,7 +127,7 @@ def main(spec: dict) -> None:
         "advantages": advantages,
         "teacher_buckets": buckets,
         "num_4bit_layers": sum(type(module).__name__ == "Linear4bit" for module in trainer.model.modules()),
-        "teacher_forwards": forwards["teacher"],
+        "teacher_forwards": len(teacher_forwards),
         "teacher_parameters": {"held": held, "whole": whole},
         "log_history": trainer.state.log_history,
         "global_step": trainer.state.global_step,
