@@ -1,0 +1,249 @@
+"""`examples/evaluate.py`: completions of text and image-text checkpoints, their numbers, the table and the files."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+import torch
+from datasets import Dataset, DatasetDict
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import TrlParser
+
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "evaluate.py"
+SOLUTIONS = ["3", "3", "3", r"\frac{8}{2}", "3", "3", "4", "3"]
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("evaluate", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["evaluate"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def save_parrot(path: Path, *words: str) -> str:
+    """A checkpoint that completes every prompt with `words`: its residual stream holds the last token, nothing else."""
+    tokenizer = tiny_models.build_tokenizer(extra_words=("<think>", "</think>", "\\boxed{3}", "\\boxed{4}"))
+    model, _ = tiny_models.build_qwen3(width=64, tokenizer=tokenizer)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", "lm_head.weight")):
+                parameter.zero_()
+        torch.nn.init.eye_(model.model.embed_tokens.weight)
+        for last, following in zip(["assistant", *words], words, strict=False):
+            model.lm_head.weight[tokenizer.convert_tokens_to_ids([following]), tokenizer.vocab[last]] = 1
+    return tiny_models.save(model, tokenizer, path)
+
+
+@pytest.fixture(scope="module")
+def random_models(tmp_path_factory) -> dict[str, str]:
+    """One checkpoint of each kind with weights so large that its completions, and their lengths, differ."""
+    paths = {}
+    for family in ("qwen3", "internvl"):
+        model, processing_class = tiny_models.BUILDERS[family]()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter *= 8 if parameter.dim() > 1 else 1
+        paths[family] = tiny_models.save(model, processing_class, tmp_path_factory.mktemp("random") / family)
+    return paths
+
+
+@pytest.fixture(scope="module")
+def text_data(tmp_path_factory) -> str:
+    """Questions of different lengths, in no order."""
+    rows = [
+        {
+            "prompt": [{"role": "user", "content": "what is " + " plus ".join(["one"] * (1 + 3 * index % 8)) + " ?"}],
+            "solution": solution,
+        }
+        for index, solution in enumerate(SOLUTIONS)
+    ]
+    path = str(tmp_path_factory.mktemp("text") / "test.parquet")
+    Dataset.from_list(rows).to_parquet(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def image_data(tmp_path_factory) -> str:
+    """Questions with one or two images, of different lengths."""
+    rows = []
+    for index in range(6):
+        images = [tiny_models.draw_image(index + k) for k in range(1 + index % 2)]
+        text = "what is the sum " + "of one " * (index % 4)
+        parts = [{"type": "text", "text": text}, *({"type": "image", "text": ""} for _ in images)]
+        rows.append({"prompt": [{"role": "user", "content": parts}], "images": images, "solution": "3"})
+    path = str(tmp_path_factory.mktemp("images"))
+    DatasetDict(test=Dataset.from_list(rows)).save_to_disk(path)
+    return path
+
+
+def arguments(models: list[str], data: str, output_dir: Path, *options: str) -> list[str]:
+    return [
+        *("--model_name_or_path", *models, "--dataset_name", data, "--output_dir", str(output_dir)),
+        *("--dtype", "float32", "--max_new_tokens", "8", *options),
+    ]
+
+
+def run(script, *args, **kwargs) -> None:
+    script.main(*TrlParser((script.EvaluationArguments,)).parse_args_and_config(arguments(*args, **kwargs)))
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_checkpoints_compared_on_the_command_line(text_data, tmp_path):
+    right = save_parrot(tmp_path / "right" / "out", "<think>", "one", "</think>", "\\boxed{3}", "<|im_end|>")
+    wrong = save_parrot(tmp_path / "wrong" / "out", "\\boxed{4}", "<|im_end|>")
+    endless = save_parrot(tmp_path / "endless" / "out", "one", "one")
+    command = [sys.executable, str(SCRIPT), *arguments([right, wrong, endless], text_data, tmp_path / "results")]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+
+    table = {line.split()[0]: line for line in result.stdout.splitlines() if "[" in line}
+    assert list(table) == ["right-out", "wrong-out", "endless-out"]
+    assert "75.0 [" in table["right-out"] and "-50.0 [" in table["wrong-out"] and "-75.0 [" in table["endless-out"]
+
+    summary = json.loads((tmp_path / "results" / "summary.json").read_text())
+    assert summary["num_questions"] == 8 and summary["arguments"]["seed"] == 0
+    results = summary["checkpoints"]
+    means = {
+        name: [result[key]["mean"] for key in ("accuracy", "difference_to_first", "format")]
+        for name, result in results.items()
+    }
+    assert means == {"right-out": [0.75, 0, 1], "wrong-out": [0.25, -0.5, 0], "endless-out": [0, -0.75, 0]}
+    low, high = results["wrong-out"]["difference_to_first"]["interval"]
+    assert -1 <= low < -0.5 < high < 0.5
+    assert [result["tokens"] for result in results.values()] == [5, 2, 8]
+    assert [result["truncated"] for result in results.values()] == [0, 0, 1]
+    assert [result["unparsed_answers"] for result in results.values()] == [0, 0, 1]
+
+    lines = read_lines(tmp_path / "results" / "right-out.jsonl")
+    assert [line["index"] for line in lines] == list(range(8))
+    assert [line["solution"] for line in lines] == SOLUTIONS
+    assert [line["correct"] for line in lines] == [solution == "3" for solution in SOLUTIONS]
+    assert (
+        lines[1].items()
+        >= {
+            "question": "what is one plus one plus one plus one ?",
+            "completion": "<think> one </think> \\boxed{3}",
+            "answer": "3",
+            "format": True,
+            "tokens": 5,
+        }.items()
+    )
+
+
+@pytest.mark.parametrize("family", ["qwen3", "internvl"])
+def test_batches_do_not_change_completions_or_their_order(
+    script, random_models, text_data, image_data, tmp_path, family
+):
+    data = text_data if family == "qwen3" else image_data
+    run(script, [random_models[family]], data, tmp_path / "one", "--batch_size", "1")
+    run(script, [random_models[family]], data, tmp_path / "four", "--batch_size", "4")
+    run(script, [random_models[family]], data, tmp_path / "first", "--max_samples", "3")
+    one, four, first = (read_lines(tmp_path / name / f"{family}.jsonl") for name in ("one", "four", "first"))
+    assert one == four
+    assert one[:3] == first
+    assert len({line["completion"] for line in one}) > 3
+    assert {line["truncated"] for line in one} == {True, False}
+
+
+def test_images_reach_the_model(script, random_models, image_data, tmp_path):
+    rows = DatasetDict.load_from_disk(image_data)["test"].to_list()
+    for row in rows:
+        row["images"] = [tiny_models.draw_image(5)] * len(row["images"])
+    DatasetDict(test=Dataset.from_list(rows)).save_to_disk(tmp_path / "data")
+    run(script, [random_models["internvl"]], image_data, tmp_path / "before")
+    run(script, [random_models["internvl"]], str(tmp_path / "data"), tmp_path / "after")
+    before, after = (read_lines(tmp_path / name / "internvl.jsonl") for name in ("before", "after"))
+    assert [line["question"] for line in before] == [line["question"] for line in after]
+    assert [line["completion"] for line in before] != [line["completion"] for line in after]
+
+
+def test_adapters_are_merged_into_their_base_model(script, checkpoints, text_data, tmp_path):
+    base = checkpoints["qwen3-student"]
+    torch.manual_seed(0)
+    config = LoraConfig(r=8, lora_alpha=64, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    merged = tiny_models.save(adapted.merge_and_unload(), AutoTokenizer.from_pretrained(base), tmp_path / "merged")
+    run(script, [base, str(tmp_path / "adapter"), merged], text_data, tmp_path / "results")
+    names = [Path(base).name, "adapter", "merged"]
+    plain, adapter, merged = (read_lines(tmp_path / "results" / f"{name}.jsonl") for name in names)
+    assert adapter == merged != plain
+
+
+def test_bootstrap_interval(script):
+    generator = np.random.default_rng(0)
+    small, large = ((generator.random(size) < 0.7).astype(float) for size in (200, 3200))
+    for values in (small, large):
+        low, high = script.bootstrap_interval(values, num_samples=2000, seed=0)
+        half = 1.96 * values.std() / np.sqrt(len(values))
+        assert low == pytest.approx(values.mean() - half, abs=0.1 * half)
+        assert high == pytest.approx(values.mean() + half, abs=0.1 * half)
+    assert script.bootstrap_interval(np.ones(5), num_samples=100, seed=0) == [1, 1]
+    assert script.bootstrap_interval(small, 100, seed=1) == script.bootstrap_interval(small, 100, seed=1)
+
+
+def test_bootstrap_intervals_cover_the_true_rate(script):
+    generator = np.random.default_rng(0)
+    intervals = [script.bootstrap_interval(1.0 * (generator.random(200) < 0.4), 500, seed) for seed in range(300)]
+    assert 0.91 < np.mean([low <= 0.4 <= high for low, high in intervals]) < 0.98
+
+
+@pytest.mark.parametrize(
+    "paths, names",
+    [
+        (["Qwen/Qwen3-0.6B", "runs/opd/"], ["Qwen3-0.6B", "opd"]),
+        (["runs/opd/checkpoint-5", "runs/gndpo/checkpoint-5"], ["opd-checkpoint-5", "gndpo-checkpoint-5"]),
+        (["out", "runs/out"], ["out", "runs-out"]),
+    ],
+)
+def test_names_tell_checkpoints_apart(script, paths, names):
+    assert script.checkpoint_names(paths) == names
+
+
+@pytest.mark.parametrize(
+    "change, options, message",
+    [
+        ({"solution": None}, [], r"no column \['solution'\], only \['prompt'\]"),
+        ({}, ["--dataset_split", "val"], r"`dataset_split` is 'val'.*\['test'\]"),
+        ({"prompt": "what?"}, [], "row 0: `prompt` is 'what\\?'. Give a list of messages"),
+        ({"solution": " "}, [], "row 0: `solution` is ' '"),
+        ({}, ["--max_samples", "0"], "`max_samples` is 0"),
+        ({}, ["--model_name_or_path", "nowhere", "nowhere/"], "names a checkpoint twice"),
+    ],
+)
+def test_bad_input_is_named_before_a_model_is_loaded(script, tmp_path, change, options, message):
+    row = {"prompt": [{"role": "user", "content": "what?"}], "solution": "3", **change}
+    row = {column: value for column, value in row.items() if value is not None}
+    DatasetDict(test=Dataset.from_list([row])).save_to_disk(tmp_path / "data")
+    with pytest.raises(ValueError, match=message):
+        run(script, ["nowhere"], str(tmp_path / "data"), tmp_path / "out", *options)
+
+
+def test_an_empty_split_is_named(script, text_data, tmp_path):
+    Dataset.from_parquet(text_data).select([]).to_parquet(tmp_path / "test.parquet")
+    with pytest.raises(ValueError, match='"test" corresponds to no data'):  # the message of `datasets`
+        run(script, ["nowhere"], str(tmp_path / "test.parquet"), tmp_path / "out")
+
+
+def test_text_models_are_refused_for_images(script, checkpoints, image_data, tmp_path):
+    models = [checkpoints["internvl-student"], checkpoints["qwen3-student"]]
+    with pytest.raises(ValueError, match="qwen3-student is a text model"):
+        run(script, models, image_data, tmp_path)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
+def test_vllm_has_to_be_installed(script, text_data, tmp_path):
+    with pytest.raises(ImportError, match="`use_vllm` is set, but vLLM is not installed"):
+        run(script, ["nowhere"], text_data, tmp_path, "--use_vllm")
