@@ -91,6 +91,41 @@ def whiten(scores: torch.Tensor, mask: torch.Tensor, moments: torch.Tensor, std_
     return advantages.masked_fill((mask == 0) | (count < 2), 0.0).to(scores.dtype)
 
 
+def clamp_scores(scores: torch.Tensor, mask: torch.Tensor, score_clip: float | None) -> torch.Tensor:
+    """Scores without gradient, clamped to `[-score_clip, score_clip]` nats (`None`: as they are), 0 on masked tokens."""
+    scores = scores.detach().masked_fill(mask == 0, 0.0)
+    return scores if score_clip is None else scores.clamp(-score_clip, score_clip)
+
+
+def population_moments(
+    scores: torch.Tensor,
+    mask: torch.Tensor,
+    *,
+    normalization: str = "global",
+    num_generations: int = 1,
+    gather: Callable[[torch.Tensor], torch.Tensor] = lambda moments: moments,
+    process_index: int = 0,
+) -> torch.Tensor | None:
+    """
+    Moments of the population that each completion is compared with; the arguments are those of [`compute_advantages`].
+
+    Returns:
+        `torch.Tensor` of shape `(B, 3)` and dtype float64, or `None` for `normalization="none"`.
+    """
+    if normalization not in ADVANTAGE_NORMALIZATIONS:
+        raise ValueError(f"Unknown normalization {normalization!r}. Choose one of {ADVANTAGE_NORMALIZATIONS}.")
+    if normalization == "none":
+        return None
+    rows = row_moments(scores, mask)
+    if normalization == "global":
+        return merge_moments(gather(merge_moments(rows).unsqueeze(0))).expand_as(rows)
+    if normalization == "group":
+        groups = merge_moments(gather(rows).view(-1, num_generations, 3), dim=1)
+        start = process_index * len(rows)
+        return groups.repeat_interleave(num_generations, dim=0)[start : start + len(rows)]
+    return rows
+
+
 def compute_advantages(
     scores: torch.Tensor,
     mask: torch.Tensor,
@@ -126,20 +161,15 @@ def compute_advantages(
         gradient and 0 on masked tokens; and a boolean tensor of shape `(B,)` that marks the completions whose
         population has fewer than two valid tokens, which have zero advantages for that reason.
     """
-    if normalization not in ADVANTAGE_NORMALIZATIONS:
-        raise ValueError(f"Unknown normalization {normalization!r}. Choose one of {ADVANTAGE_NORMALIZATIONS}.")
-    scores = scores.detach().masked_fill(mask == 0, 0.0)
-    if score_clip is not None:
-        scores = scores.clamp(-score_clip, score_clip)
-    rows = row_moments(scores, mask)
-    if normalization == "none":
-        return scores, torch.zeros_like(rows[:, 0], dtype=torch.bool)
-    if normalization == "global":
-        population = merge_moments(gather(merge_moments(rows).unsqueeze(0))).expand_as(rows)
-    elif normalization == "group":
-        groups = merge_moments(gather(rows).view(-1, num_generations, 3), dim=1)
-        start = process_index * len(rows)
-        population = groups.repeat_interleave(num_generations, dim=0)[start : start + len(rows)]
-    else:
-        population = rows
-    return whiten(scores, mask, population, std_floor), population[:, 0] < 2
+    scores = clamp_scores(scores, mask, score_clip)
+    moments = population_moments(
+        scores,
+        mask,
+        normalization=normalization,
+        num_generations=num_generations,
+        gather=gather,
+        process_index=process_index,
+    )
+    if moments is None:
+        return scores, torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    return whiten(scores, mask, moments, std_floor), moments[:, 0] < 2

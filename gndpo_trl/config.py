@@ -5,6 +5,7 @@ from transformers.trainer_utils import SchedulerType
 from trl import GRPOConfig
 
 from .advantages import ADVANTAGE_NORMALIZATIONS
+from .eval_temperature import EvalTemperatureConfig
 from .launch import check_ddp_backend, check_launch
 
 
@@ -16,7 +17,7 @@ class _SingleGeneration(int):
 
 
 @dataclass
-class GNDPOConfig(GRPOConfig):
+class GNDPOConfig(EvalTemperatureConfig):
     r"""
     Configuration class for the [`GNDPOTrainer`].
 
@@ -38,6 +39,29 @@ class GNDPOConfig(GRPOConfig):
         teacher_model_init_kwargs (`str` or `dict[str, Any]`, *optional*):
             Keyword arguments for `from_pretrained` when the teacher is loaded from a path or a model id. If `dtype` is
             not among them, the teacher keeps the dtype of its checkpoint.
+        teacher_offload (`bool`, *optional*, defaults to `False`):
+            Whether to keep the teacher's weights in CPU memory (pinned, on CUDA), and on the device only while it
+            scores. Not for ZeRO-3 and FSDP, which have an offloading of their own, nor for quantized teachers.
+
+        > Parameters that control the evaluation
+
+        eval_temperature (`float`, *optional*):
+            Temperature for sampling during evaluation. `None` uses `temperature`, as TRL does. `0.0` is greedy
+            decoding, with one completion per prompt (`num_generations_eval=1`). Log-probs are computed at `temperature`
+            all the same, so `eval_reverse_kl` then estimates no divergence.
+
+        > Parameters that control scoring
+
+        scoring_token_budget (`int`, *optional*):
+            Most tokens, padding included, in a forward pass that scores completions (of the teacher, the student and
+            the reference model). Completions of similar length share a forward pass; one that is longer than the
+            budget gets its own. If `None`, as many forward passes are made as there are micro-batches in the loss, of
+            the same size.
+        use_sampling_logps (`bool`, *optional*, defaults to `False`):
+            Whether to save the student's scoring pass by normalizing with the mean and standard deviation of scores
+            that are computed from the sampler's log-probs (vLLM). Each token's score still uses the log-prob of the
+            training forward pass. Deviates from the paper, whose statistics are of the training engine too. Needs one
+            optimizer step per generation batch.
 
         > Parameters that control the advantage
 
@@ -115,6 +139,35 @@ class GNDPOConfig(GRPOConfig):
         metadata={
             "help": "Keyword arguments for `from_pretrained` when the teacher is loaded from a path or a model id. If "
             "`dtype` is not among them, the teacher keeps the dtype of its checkpoint."
+        },
+    )
+
+    teacher_offload: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to keep the teacher's weights in CPU memory (pinned, on CUDA), and on the device only "
+            "while it scores. Not for ZeRO-3 and FSDP, which have an offloading of their own, nor for quantized "
+            "teachers."
+        },
+    )
+
+    # Parameters that control scoring
+    scoring_token_budget: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens, padding included, in a forward pass that scores completions (of the teacher, the "
+            "student and the reference model). Completions of similar length share a forward pass; one that is longer "
+            "than the budget gets its own. If `None`, as many forward passes are made as there are micro-batches in "
+            "the loss, of the same size."
+        },
+    )
+    use_sampling_logps: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to save the student's scoring pass by normalizing with the mean and standard deviation "
+            "of scores that are computed from the sampler's log-probs (vLLM). Each token's score still uses the "
+            "log-prob of the training forward pass. Deviates from the paper, whose statistics are of the training "
+            "engine too. Needs one optimizer step per generation batch."
         },
     )
 
@@ -217,6 +270,16 @@ class GNDPOConfig(GRPOConfig):
                 f'`importance_sampling_level` is {self.importance_sampling_level!r}. Choose "sequence_token" or '
                 '"token".'
             )
+        if self.scoring_token_budget is not None and self.scoring_token_budget < 1:
+            raise ValueError(
+                f"`scoring_token_budget` is {self.scoring_token_budget}, but it is a number of tokens. Give a positive "
+                "one, or None for forward passes as large as those of the loss."
+            )
+        if self.use_sampling_logps and self.vllm_importance_sampling_correction:
+            raise ValueError(
+                "`use_sampling_logps` saves the student's scoring pass, and `vllm_importance_sampling_correction` needs "
+                "it. Switch one of them off."
+            )
         # TRL refuses a single generation per prompt because it has no group to compare it with; distillation needs
         # no group. Everything else that TRL checks about `num_generations` still applies.
         single = self.num_generations == 1
@@ -226,4 +289,12 @@ class GNDPOConfig(GRPOConfig):
         super().__post_init__()
         if single:
             self.num_generations = 1
+        generate_every = self.steps_per_generation * self.num_iterations
+        if self.use_sampling_logps and self.gradient_accumulation_steps % generate_every != 0:
+            raise ValueError(
+                f"`use_sampling_logps` needs one optimizer step per generation batch, but `steps_per_generation` "
+                f"({self.steps_per_generation}) × `num_iterations` ({self.num_iterations}) is more than "
+                f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}): later steps have to know the "
+                "log-probs of the student that sampled. Switch it off, or raise `gradient_accumulation_steps`."
+            )
         check_launch(self)

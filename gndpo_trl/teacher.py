@@ -90,12 +90,22 @@ def load_teacher(
     return teacher_model, teacher_processing_class
 
 
-def prepare_teacher(teacher_model: PreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:
+def prepare_teacher(teacher_model: PreTrainedModel, accelerator: Accelerator, offload: bool) -> torch.nn.Module:
     """
     Place the teacher as TRL places a reference model: sharded under ZeRO-3 and FSDP, else whole on every device.
 
     The fused LM head goes on first, as it must before any wrapping, so that no `(B, T, V)` logits ever exist.
+
+    Args:
+        teacher_model ([`~transformers.PreTrainedModel`]): Teacher as returned by [`load_teacher`].
+        accelerator ([`~accelerate.Accelerator`]): Accelerator of the trainer.
+        offload (`bool`): Whether its weights live in CPU memory, see [`on_device`].
+
+    Raises:
+        `ValueError`: if it cannot be offloaded this way.
     """
+    if offload:
+        check_offload(teacher_model, accelerator)
     add_fused_lm_head(
         teacher_model.get_base_model() if is_peft_model(teacher_model) else teacher_model,
         temperature=TEACHER_TEMPERATURE,
@@ -107,6 +117,47 @@ def prepare_teacher(teacher_model: PreTrainedModel, accelerator: Accelerator) ->
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
         return prepare_fsdp(teacher_model, accelerator)
     return accelerator.prepare_model(teacher_model, evaluation_mode=True)
+
+
+def check_offload(teacher_model: PreTrainedModel, accelerator: Accelerator) -> None:
+    plugin = accelerator.state.deepspeed_plugin
+    remedy = None
+    if plugin is not None and plugin.zero_stage == 3:
+        remedy = "ZeRO-3 shards it and has an offloading of its own: set `offload_param_device: cpu` there"
+    elif getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        remedy = "FSDP shards it and has an offloading of its own: set `fsdp_offload_params: true` there"
+    elif getattr(teacher_model, "is_quantized", False):
+        remedy = "it is quantized, and quantized weights cannot be moved so: keep it on the device"
+    if remedy is not None:
+        raise ValueError(
+            f"`teacher_offload` is True, but the teacher cannot be offloaded: {remedy}, and unset it here."
+        )
+
+
+def move_to_cpu(model: torch.nn.Module, pin_memory: bool) -> None:
+    """Move the weights to CPU memory, pinned if they are to be copied from there to a CUDA device."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        cpu = tensor.data.cpu()
+        tensor.data = cpu.pin_memory() if pin_memory else cpu
+
+
+@contextmanager
+def on_device(model: torch.nn.Module, device: torch.device) -> Iterator[None]:
+    """
+    Weights of a frozen model on `device` for as long as the context lasts.
+
+    From pinned memory the copies are asynchronous: the first layers compute while the last ones are copied. Nothing is
+    copied back, since frozen weights do not change.
+    """
+    tensors = (*model.parameters(), *model.buffers())
+    on_cpu = [tensor.data for tensor in tensors]
+    try:
+        for tensor in tensors:
+            tensor.data = tensor.data.to(device, non_blocking=True)
+        yield
+    finally:
+        for tensor, data in zip(tensors, on_cpu, strict=True):
+            tensor.data = data
 
 
 @contextmanager
@@ -145,6 +196,8 @@ class LocalTeacher:
         vocab_size (`int`): Number of token ids that the model has embeddings for, padding of the vocabulary included.
         score (`Callable`): `score(model, rollout)` gives `(B, T)` log-probs of the completion tokens, without
             gradient.
+        offload_from (`torch.device`, *optional*): Device that the weights are on only while the teacher scores; between
+            times they are in CPU memory. If `None`, they stay where they are.
     """
 
     def __init__(
@@ -152,10 +205,14 @@ class LocalTeacher:
         model: torch.nn.Module,
         vocab_size: int,
         score: Callable[[torch.nn.Module, dict[str, Any]], torch.Tensor],
+        offload_from: torch.device | None = None,
     ):
         self.model = model
         self.vocab_size = vocab_size
         self.score = score
+        self.offload_from = offload_from
+        if offload_from is not None:
+            move_to_cpu(model, pin_memory=offload_from.type == "cuda")
 
     def per_token_logps(self, rollout: dict[str, Any]) -> torch.Tensor:
         """
@@ -178,4 +235,7 @@ class LocalTeacher:
                 "only. Such ids are padding of the student's vocabulary; keep the sampler from drawing them "
                 "(`generation_kwargs`, e.g. `suppress_tokens` or vLLM's `allowed_token_ids`)."
             )
-        return self.score(self.model, rollout)
+        if self.offload_from is None:
+            return self.score(self.model, rollout)
+        with on_device(self.model, self.offload_from):
+            return self.score(self.model, rollout)

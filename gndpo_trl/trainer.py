@@ -1,3 +1,4 @@
+import math
 import os
 import textwrap
 import time
@@ -20,20 +21,25 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
-from .advantages import compute_advantages, token_scores
+from .advantages import clamp_scores, compute_advantages, population_moments, token_scores, whiten
 from .compatibility import check_compatibility
 from .config import GNDPOConfig
+from .eval_temperature import EvalTemperatureMixin
 from .importance import sequence_token_logps
 from .launch import check_final_save
 from .metrics import score_metrics, score_statistics
+from .microbatches import LeftAligned, group_by_length, regroup, select_rows
 from .sigterm import AgreedJITCheckpointCallback, JITCheckpointCallback
 from .teacher import LocalTeacher, load_teacher, prepare_teacher
 from .trl_hooks import (
     MULTIMODAL_KEYS,
     REWARD_METRICS,
+    ROW_MEAN_LOSSES,
+    TOKEN_SUM_LOSSES,
     disable_gradient_checkpointing,
     get_config_model_id,
     nanstd,
+    real_tokens_in_lm_head,
 )
 
 
@@ -42,7 +48,7 @@ def teacher_score(completions: list, **kwargs) -> list[float]:
     return [0.0] * len(completions)
 
 
-class GNDPOTrainer(GRPOTrainer):
+class GNDPOTrainer(EvalTemperatureMixin, GRPOTrainer):
     """
     Trainer for Globally Normalized Distillation Policy Optimization (GNDPO), proposed in [Stabilizing On-Policy
     Distillation for MLLM Reasoning with Global Normalization](https://huggingface.co/papers/2606.09091).
@@ -139,6 +145,11 @@ class GNDPOTrainer(GRPOTrainer):
             )
         if args.save_strategy != "no":
             check_final_save(args)
+        if args.use_sampling_logps and not args.use_vllm and rollout_func is None:
+            raise ValueError(
+                "`use_sampling_logps` is True, but transformers' generation returns no log-probs. Set `use_vllm=True`, "
+                "pass a `rollout_func` that returns `logprobs`, or switch it off."
+            )
         teacher_model, teacher_processing_class = load_teacher(teacher_model, teacher_processing_class, args)
 
         super().__init__(
@@ -158,28 +169,27 @@ class GNDPOTrainer(GRPOTrainer):
             environment_factory=environment_factory,
         )
 
-        # Under ZeRO-3, transformers 5.23 remembers all renamings of weights that it might have needed to load a model,
-        # and undoes them when it saves: the text weights of image-text checkpoints then get names that only it can read.
-        student = self.model.get_base_model() if is_peft_model(self.model) else self.model
-        if getattr(student, "_weight_conversions", None) is not None:
-            student._weight_conversions = [change for change in student._weight_conversions if change.was_used()]
+        check_images_are_read(self)
+        keep_checkpoint_names(self.model)
 
         if args.enable_jit_checkpoint:
             callback = AgreedJITCheckpointCallback()
             callback.jit_manager = self.pop_callback(JITCheckpointCallback).jit_manager
             self.add_callback(callback)
 
-        image_columns = {"image", "images"} & set(getattr(train_dataset, "column_names", None) or ())
-        if image_columns and not isinstance(self.processing_class, ProcessorMixin):
-            raise ValueError(
-                f"`train_dataset` has the column {image_columns.pop()!r}, but the student ({type(self.model).__name__}) "
-                "has no processor for images, so they would be ignored. Train an image-text model, or remove the column."
-            )
-
         # TRL knows "token" and "sequence"; "sequence_token" reaches its token-level ratio through `_compute_loss`.
         self._is_sequence_token = self.importance_sampling_level == "sequence_token"
         self.importance_sampling_level = "token"
         self._loss_inputs = None
+        # Which rows share a micro-batch must not change the gradient.
+        self._regroups_rows = (
+            args.gradient_accumulation_steps % (args.steps_per_generation * self.num_iterations) == 0
+            and self.loss_type in (*ROW_MEAN_LOSSES, *TOKEN_SUM_LOSSES)
+            and not self._entropy_bonus_enabled
+            and self.top_entropy_quantile == 1.0
+            and not self.aux_loss_enabled
+            and self.pad_to_multiple_of is None
+        )
 
         check_compatibility(
             student=self.model,
@@ -197,7 +207,10 @@ class GNDPOTrainer(GRPOTrainer):
             self.generation_config.suppress_tokens = sorted(suppressed)
             self.generation_kwargs["suppress_tokens"] = sorted(suppressed)
         self.teacher = LocalTeacher(
-            prepare_teacher(teacher_model, self.accelerator), teacher_vocab_size, self._per_token_logps
+            prepare_teacher(teacher_model, self.accelerator, args.teacher_offload),
+            teacher_vocab_size,
+            self._per_token_logps,
+            offload_from=self.accelerator.device if args.teacher_offload else None,
         )
 
     def _per_token_logps(self, model: torch.nn.Module, rollout: dict[str, Any]) -> torch.Tensor:
@@ -224,32 +237,46 @@ class GNDPOTrainer(GRPOTrainer):
                 "`max_completion_length`, or have the tool return smaller images."
             )
         mask = self._valid_tokens(rollout)
+        # Evaluation may sample at another temperature, and a pass more costs little there.
+        uses_sampling_logps = self.args.use_sampling_logps and self.model.training
+        if uses_sampling_logps and "sampling_per_token_logps" not in rollout:
+            raise ValueError(
+                "`use_sampling_logps` is True, but the sampler returned no log-probs. Have `rollout_func` return "
+                "`logprobs`, or switch it off."
+            )
 
         seconds = {}
         # The student keeps its training mode, as in TRL: its dropout is that of the loss.
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             with self._timer(seconds, "time/teacher_scoring"):
                 teacher_logps = self.teacher.per_token_logps(rollout)
-            if "old_per_token_logps" not in rollout:
+            if "old_per_token_logps" not in rollout and not uses_sampling_logps:
                 with self._timer(seconds, "time/student_scoring"):
                     rollout["old_per_token_logps"] = self._per_token_logps(self.model, rollout)
-        student_logps = rollout["old_per_token_logps"]
         self._raise_if_not_finite("teacher", teacher_logps, mask, rollout)
-        self._raise_if_not_finite("student", student_logps, mask, rollout)
+        if uses_sampling_logps:
+            student_logps = rollout["sampling_per_token_logps"]
+            mask = mask & student_logps.isfinite()  # vLLM has no log-prob for some tokens
+        else:
+            student_logps = rollout["old_per_token_logps"]
+            self._raise_if_not_finite("student", student_logps, mask, rollout)
 
         mode = "train" if self.model.training else "eval"
         scores = token_scores(teacher_logps, student_logps, mask)
+        population = {
+            "normalization": self.args.advantage_normalization,
+            "num_generations": self.num_generations if mode == "train" else self.num_generations_eval,
+            "gather": gather,
+            "process_index": self.accelerator.process_index,
+        }
         advantages, undefined = compute_advantages(
-            scores,
-            mask,
-            score_clip=self.args.score_clip,
-            normalization=self.args.advantage_normalization,
-            std_floor=self.args.std_floor,
-            num_generations=self.num_generations if mode == "train" else self.num_generations_eval,
-            gather=gather,
-            process_index=self.accelerator.process_index,
+            scores, mask, score_clip=self.args.score_clip, std_floor=self.args.std_floor, **population
         )
         rollout["advantages"] = advantages
+        if uses_sampling_logps:  # these advantages are estimates for the logs; the loss makes its own
+            rollout["teacher_per_token_logps"] = teacher_logps
+            clamped = clamp_scores(scores, mask, self.args.score_clip)
+            rollout["score_moments"] = population_moments(clamped, mask, **population)
 
         is_eos = torch.isin(rollout["completion_ids"], torch.tensor(self.eos_token_ids, device=mask.device))
         statistics = score_statistics(
@@ -354,26 +381,108 @@ class GNDPOTrainer(GRPOTrainer):
     def _buffer_file(self, folder: str) -> str:
         return os.path.join(folder, f"generation_buffer_{self.accelerator.process_index}.pt")
 
+    def _prepare_inputs(self, generation_batch):
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self._regroups_rows or self._buffered_inputs is before:
+            return inputs
+        self._buffered_inputs = regroup(self._buffered_inputs, gather)
+        return self._buffered_inputs[self._step % self.args.steps_per_generation]
+
     def _compute_loss(self, model, inputs):
-        if not self._is_sequence_token:
-            return super()._compute_loss(model, inputs)
         self._loss_inputs = dict(inputs)
         try:
-            return super()._compute_loss(model, self._loss_inputs)
+            loss = super()._compute_loss(model, self._loss_inputs)
         finally:
             self._loss_inputs = None
+        return loss * inputs.get("row_share", 1.0) if self.loss_type in ROW_MEAN_LOSSES else loss
 
-    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+    def _get_per_token_logps_and_entropies(
+        self,
+        model,
+        input_ids,
+        attention_mask,
+        logits_to_keep,
+        batch_size=None,
+        compute_entropy=False,
+        compute_aux_loss=False,
+        **multimodal,
+    ):
+        options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        batch.update({key: value for key, value in multimodal.items() if value is not None})
+        if batch_size is None:
+            logps, entropies, aux_loss = self._score(model, batch, logits_to_keep, **options)
+            if self._loss_inputs is not None:
+                logps = self._adapt_loss_inputs(logps)
+            return logps, entropies, aux_loss
+
+        budget = self.args.scoring_token_budget
+        num_groups = math.ceil(len(input_ids) / batch_size) if budget is None else None
+        groups = group_by_length(attention_mask.sum(-1), num_groups=num_groups, token_budget=budget, gather=gather)
+        parts = [self._score(model, select_rows(batch, rows), logits_to_keep, **options) for rows in groups]
+        original_order = torch.tensor(sum(groups, [])).argsort()
+        logps, entropies, aux_losses = zip(*parts, strict=True)
+        return (
+            torch.cat(logps)[original_order],
+            torch.cat(entropies)[original_order] if compute_entropy else None,
+            torch.stack(aux_losses).mean() if compute_aux_loss else None,
+        )
+
+    def _score(self, model, batch: dict[str, Any], logits_to_keep: int, **options):
+        """TRL's forward pass on rows without the padding between and before them; results are `(B, T)` as in TRL."""
+        score = super()._get_per_token_logps_and_entropies
+        attention_mask = batch["attention_mask"]
+        if self.pad_to_multiple_of is not None:  # asked for padding, to compile few shapes
+            return score(model, logits_to_keep=logits_to_keep, **batch, **options)
+        rows = LeftAligned(attention_mask, logits_to_keep)
+        for key in {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"} & batch.keys():
+            batch[key] = rows.align(batch[key])
+        with real_tokens_in_lm_head(attention_mask.device):
+            logps, entropies, aux_loss = score(model, logits_to_keep=rows.logits_to_keep, **batch, **options)
+        return rows.restore(logps), entropies if entropies is None else rows.restore(entropies), aux_loss
+
+    def _adapt_loss_inputs(self, logps: torch.Tensor) -> torch.Tensor:
+        """What the loss reads after its forward pass, where that depends on the log-probs `(B, T)` of this pass."""
         inputs = self._loss_inputs
-        if inputs is not None:  # called from the loss, which reads the old log-probs after this forward pass
+        if "teacher_per_token_logps" in inputs:
+            mask = self._valid_tokens(inputs)
+            self._raise_if_not_finite("student", logps, mask, inputs)
+            scores = clamp_scores(
+                token_scores(inputs["teacher_per_token_logps"], logps.detach(), mask), mask, self.args.score_clip
+            )
+            moments = inputs["score_moments"]
+            inputs["advantages"] = scores if moments is None else whiten(scores, mask, moments, self.args.std_floor)
+        if self._is_sequence_token:
             mask = inputs["completion_mask"]
             if "tool_mask" in inputs:
                 mask = mask * inputs["tool_mask"]
             old_logps = inputs.get("old_per_token_logps")
             old_logps = logps.detach() if old_logps is None else old_logps
             logps, inputs["old_per_token_logps"] = sequence_token_logps(logps, old_logps, mask)
-        return logps, entropies, aux_loss
+        return logps
+
+
+def check_images_are_read(trainer: GRPOTrainer) -> None:
+    """Raise `ValueError` if the training data has images that the student's processing class would ignore."""
+    image_columns = {"image", "images"} & set(getattr(trainer.train_dataset, "column_names", None) or ())
+    if image_columns and not isinstance(trainer.processing_class, ProcessorMixin):
+        raise ValueError(
+            f"`train_dataset` has the column {image_columns.pop()!r}, but the student ({type(trainer.model).__name__}) "
+            "has no processor for images, so they would be ignored. Train an image-text model, or remove the column."
+        )
+
+
+def keep_checkpoint_names(student: torch.nn.Module) -> None:
+    """
+    Make a student save its weights under the names that they were loaded from.
+
+    Under ZeRO-3, transformers 5.23 remembers all renamings of weights that it might have needed to load a model, and
+    undoes them when it saves: the text weights of image-text checkpoints then get names that only it can read.
+    """
+    student = student.get_base_model() if is_peft_model(student) else student
+    if getattr(student, "_weight_conversions", None) is not None:
+        student._weight_conversions = [change for change in student._weight_conversions if change.was_used()]
 
 
 def replace_last(log: deque, values: list) -> None:

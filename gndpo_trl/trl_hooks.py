@@ -3,9 +3,21 @@
 `tests/test_trl_hooks.py` checks each of them against the installed TRL and says which one changed.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import trl.trainer.utils
 from trl.models import prepare_deepspeed, prepare_fsdp
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import add_fused_lm_head, create_model_from_path, get_config_model_id, nanstd
+from trl.trainer.utils import (
+    add_fused_lm_head,
+    create_model_from_path,
+    get_config_model_id,
+    nanstd,
+    split_pixel_values_by_grid,
+    unsplit_pixel_values_by_grid,
+)
 
 
 __all__ = [
@@ -13,6 +25,8 @@ __all__ = [
     "MULTIMODAL_KEYS",
     "OVERRIDDEN_METHODS",
     "REWARD_METRICS",
+    "ROW_MEAN_LOSSES",
+    "TOKEN_SUM_LOSSES",
     "add_fused_lm_head",
     "create_model_from_path",
     "disable_gradient_checkpointing",
@@ -20,15 +34,24 @@ __all__ = [
     "nanstd",
     "prepare_deepspeed",
     "prepare_fsdp",
+    "real_tokens_in_lm_head",
+    "split_pixel_values_by_grid",
+    "unsplit_pixel_values_by_grid",
 ]
 
 # Methods of `GRPOTrainer` that `GNDPOTrainer` overrides, calling `super()`.
 OVERRIDDEN_METHODS = {
+    # Called before every micro-batch; fills `_buffered_inputs` with a new list of `steps_per_generation` micro-batches
+    # when it has generated.
+    "_prepare_inputs": ("self", "generation_batch"),
     # Its result is the batch that TRL shuffles, splits and hands to the loss; the advantages in it may be (B, T).
     "_generate_and_score_completions": ("self", "inputs"),
+    # Samples with `generation_config`, or with vLLM, where `vllm_generation.generation_kwargs` win over its options.
+    "_generate_single_turn": None,
     # Reads `old_per_token_logps` from `inputs` only after the forward pass.
     "_compute_loss": ("self", "model", "inputs"),
-    # Scores completions through the fused LM head; the one place where the loss computes log-probs.
+    # Scores completions through the fused LM head; the one place where log-probs are computed, with `batch_size` for a
+    # whole rollout and without it for a micro-batch of the loss.
     "_get_per_token_logps_and_entropies": None,
     # Writes a checkpoint; the generation batch in progress, `_buffered_inputs` at `_step`, is not part of it.
     "_save_checkpoint": ("self", "model", "trial"),
@@ -39,20 +62,32 @@ OVERRIDDEN_METHODS = {
 # Attributes of a constructed `GRPOTrainer` that are read or set.
 ATTRIBUTES = (
     "_buffered_inputs",
+    "_entropy_bonus_enabled",
     "_logs",
     "_metrics",
     "_step",
     "_tokenizer",
+    "aux_loss_enabled",
     "eos_token_ids",
     "generation_config",
     "generation_kwargs",
     "importance_sampling_level",
     "num_generations",
     "num_generations_eval",
+    "loss_type",
     "num_iterations",
+    "pad_to_multiple_of",
     "reward_funcs",
+    "rollout_func",
+    "top_entropy_quantile",
     "use_vllm",
 )
+
+# Losses that are a mean over the rows of a micro-batch, divided by the number of micro-batches; and losses that are a
+# sum over tokens, with the same divisor for all micro-batches. The remaining one, "bnpo", is the mean over the tokens of
+# a micro-batch, so that its gradient depends on which rows share one.
+ROW_MEAN_LOSSES = ("grpo", "sapo", "dr_grpo", "luspo")
+TOKEN_SUM_LOSSES = ("dapo", "cispo", "vespo")
 
 # Vision inputs that travel with a rollout and that `_get_per_token_logps_and_entropies` takes as keywords.
 MULTIMODAL_KEYS = (
@@ -71,3 +106,20 @@ MULTIMODAL_KEYS = (
 # Metrics that TRL appends to `trainer._metrics[mode]` once for every generation batch, and that describe rewards.
 # `trainer._logs["rewards"][name]` and `trainer._logs["advantages"]` have one entry for each completion of all ranks.
 REWARD_METRICS = ("reward", "reward_std", "frac_reward_zero_std")
+
+
+@contextmanager
+def real_tokens_in_lm_head(device: torch.device) -> Iterator[None]:
+    """
+    Have TRL's fused LM head project the scored positions alone, on CPUs too.
+
+    TRL does so where Triton runs; elsewhere it projects prompts and padding as well, to spare compilers new shapes. On a
+    CPU nothing is compiled, and the head is most of a small model.
+    """
+    asks = trl.trainer.utils._use_triton
+    if device.type == "cpu":
+        trl.trainer.utils._use_triton = lambda device: True
+    try:
+        yield
+    finally:
+        trl.trainer.utils._use_triton = asks

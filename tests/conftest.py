@@ -7,7 +7,7 @@ import tiny_models
 import torch
 from datasets import Dataset
 
-from gndpo_trl import GNDPOConfig
+from gndpo_trl import GNDPOConfig, GNDPOTrainer
 
 
 torch.set_num_threads(1)
@@ -81,5 +81,26 @@ def make_config(tmp_path):
             "dataloader_pin_memory": False,
         }
         return GNDPOConfig(**{**defaults, **options})
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(make_config, checkpoints, text_dataset, image_dataset):
+    def make(family: str = "qwen3", model=None, teacher_model=None, trainer_options=None, **options) -> GNDPOTrainer:
+        trainer_options = dict(trainer_options or {})
+        trainer_options.setdefault("train_dataset", text_dataset if family == "qwen3" else image_dataset)
+        if family != "qwen3":
+            # Random models sample the placeholders of their family, which no image belongs to.
+            placeholders = list(range(3, 3 + len(tiny_models.SPECIAL_TOKENS)))
+            options.setdefault("generation_kwargs", {"suppress_tokens": placeholders})
+        if teacher_model is None and "teacher_model_name_or_path" not in options:
+            teacher_model = checkpoints[f"{family}-teacher"]
+        return GNDPOTrainer(
+            model=model or checkpoints[f"{family}-student"],
+            teacher_model=teacher_model,
+            args=make_config(**options),
+            **trainer_options,
+        )
 
     return make

@@ -19,27 +19,6 @@ from gndpo_trl.advantages import compute_advantages
 from gndpo_trl.trl_hooks import MULTIMODAL_KEYS
 
 
-@pytest.fixture
-def make_trainer(make_config, checkpoints, text_dataset, image_dataset):
-    def make(family: str = "qwen3", model=None, teacher_model=None, trainer_options=None, **options) -> GNDPOTrainer:
-        trainer_options = dict(trainer_options or {})
-        trainer_options.setdefault("train_dataset", text_dataset if family == "qwen3" else image_dataset)
-        if family != "qwen3":
-            # Random models sample the placeholders of their family, which no image belongs to.
-            placeholders = list(range(3, 3 + len(tiny_models.SPECIAL_TOKENS)))
-            options.setdefault("generation_kwargs", {"suppress_tokens": placeholders})
-        if teacher_model is None and "teacher_model_name_or_path" not in options:
-            teacher_model = checkpoints[f"{family}-teacher"]
-        return GNDPOTrainer(
-            model=model or checkpoints[f"{family}-student"],
-            teacher_model=teacher_model,
-            args=make_config(**options),
-            **trainer_options,
-        )
-
-    return make
-
-
 def make_rollout(trainer: GNDPOTrainer, count: int = 8) -> dict:
     """One training generation batch, as `train` would make it."""
     trainer.model.train()

@@ -1,6 +1,7 @@
 """Each thing that we rely on in TRL without a promise. A failure here says what TRL changed; start reading there."""
 
 import inspect
+import re
 
 import tiny_models
 import torch
@@ -50,6 +51,19 @@ def test_the_token_level_ratio_is_where_sequence_token_needs_it():
     assert 'self.importance_sampling_level == "token"' in source, "TRL's token-level ratio has moved"
 
 
+def test_the_kinds_of_losses_are_the_known_ones():
+    """Rows are regrouped for losses whose gradient does not depend on which rows share a micro-batch."""
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    source = source[source.index("loss = ((per_token_loss * mask)") :]  # from here on, the kinds of means
+    row_means = ('== "dr_grpo"', '== "luspo"')
+    assert all(f"self.loss_type {kind}:" in source for kind in row_means), "a mean over rows has changed"
+    assert 'self.loss_type in ["cispo", "dapo", "vespo"]:' in source, "the sums over tokens have changed"
+    assert 'self.loss_type == "bnpo":' in source, "the mean over a micro-batch's tokens has changed"
+    names = set(re.findall(r'"(\w+)"', " ".join(re.findall(r"self\.loss_type (?:==|in) (.*):", source))))
+    known = {*trl_hooks.ROW_MEAN_LOSSES, *trl_hooks.TOKEN_SUM_LOSSES, "bnpo"}
+    assert names <= known, f"TRL has new losses: {names - known}"
+
+
 def test_rollouts_and_logs_have_the_expected_form(make_config, checkpoints, text_dataset):
     """GRPOTrainer's own rollout, before anything of ours touches it."""
     config = GRPOConfig(**{
@@ -76,6 +90,14 @@ def test_rollouts_and_logs_have_the_expected_form(make_config, checkpoints, text
     assert len(trainer._logs["rewards"]["<lambda>"]) == 4
     assert isinstance(trainer.eos_token_ids, list)
 
+    trainer.args.steps_per_generation = 2
+    rows, before = [text_dataset[0]] * 4, trainer._buffered_inputs
+    trainer._prepare_inputs(rows)
+    buffered = trainer._buffered_inputs
+    assert buffered is not before and len(buffered) == 2, "`_buffered_inputs` is not where micro-batches are kept"
+    trainer._step = 1
+    assert trainer._prepare_inputs(rows) is buffered[1] and trainer._buffered_inputs is buffered
+
 
 def test_the_fused_head_gives_log_probs_and_never_calls_the_lm_head():
     model, _ = tiny_models.build_qwen3()
@@ -90,3 +112,23 @@ def test_the_fused_head_gives_log_probs_and_never_calls_the_lm_head():
     assert isinstance(output, FusedCausalLMOutput)
     torch.testing.assert_close(output.log_probs, expected)
     assert not calls and "logits" not in output
+
+
+def test_the_fused_head_can_leave_padding_out_on_cpus(monkeypatch):
+    model, _ = tiny_models.build_qwen3()
+    add_fused_lm_head(model, temperature=1.0)
+    input_ids = torch.randint(3, 20, (2, 6))
+    labels = input_ids.masked_fill(torch.arange(6) < 3, -100)
+    projected = []
+    apply = trl.trainer.utils._ChunkedLogProbFunction.apply
+    monkeypatch.setattr(
+        trl.trainer.utils._ChunkedLogProbFunction,
+        "apply",
+        lambda hidden, *args: projected.append(len(hidden)) or apply(hidden, *args),
+    )
+    with torch.no_grad():
+        everywhere = model(input_ids, labels=labels, fused_lm_head=True).log_probs
+        with trl_hooks.real_tokens_in_lm_head(input_ids.device):
+            scored = model(input_ids, labels=labels, fused_lm_head=True).log_probs
+    assert projected == [10, 6], "TRL decides elsewhere which positions its head projects"
+    torch.testing.assert_close(scored, everywhere)

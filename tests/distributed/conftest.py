@@ -9,7 +9,7 @@ import pytest
 
 
 ROOT = Path(__file__).parents[2]
-WORKER = Path(__file__).parent / "run_training.py"
+WORKERS = Path(__file__).parent
 
 # The first multi-process run of DeepSpeed on a machine compiles its CPU collectives, which takes two minutes.
 TIMEOUT = 300
@@ -59,9 +59,15 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def launch(checkpoints, tmp_path_factory):
-    """`launch(accelerate_config, family, config=..., **spec)` runs `run_training.py` and returns what came of it."""
+    """`launch(accelerate_config, family, config=..., worker=..., **spec)` runs a worker and returns what came of it."""
 
-    def run(accelerate_config: str | None, family: str = "qwen3", config: dict | None = None, **spec) -> Run:
+    def run(
+        accelerate_config: str | None,
+        family: str = "qwen3",
+        config: dict | None = None,
+        worker: str = "run_training.py",
+        **spec,
+    ) -> Run:
         folder = tmp_path_factory.mktemp("run")
         spec = {
             "model": checkpoints[f"{family}-student"],
@@ -74,7 +80,7 @@ def launch(checkpoints, tmp_path_factory):
         }
         (folder / "spec.json").write_text(json.dumps(spec))
         result = subprocess.run(
-            [*launcher(accelerate_config), str(WORKER), str(folder / "spec.json")],
+            [*launcher(accelerate_config), str(WORKERS / worker), str(folder / "spec.json")],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -47,6 +47,29 @@ def word_of(prompt: str) -> str:
     return prompt.split(" ?")[0].split()[-1]
 
 
+def canned_rollouts(completions: list[list[int]]):
+    """A `rollout_func` that returns the completion of each of `PROMPTS` in place of sampling."""
+
+    def rollout_func(prompts, trainer):
+        prompt_ids, _, _ = trainer._tokenize_prompts(prompts)
+        words = [word_of(trainer._tokenizer.decode(ids)) for ids in prompt_ids]
+        completion_ids = [completions[PROMPTS.index(word)] for word in words]
+        return {
+            "prompt_ids": prompt_ids,
+            "completion_ids": completion_ids,
+            "logprobs": [[0.0] * len(ids) for ids in completion_ids],
+        }
+
+    return rollout_func
+
+
+def make_rows(images: bool) -> list[dict]:
+    rows = [{"prompt": [{"role": "user", "content": f"what is {word} ?"}]} for word in PROMPTS]
+    if images:
+        rows = [{**row, "images": [tiny_models.draw_image(index)]} for index, row in enumerate(rows)]
+    return rows
+
+
 def open_broken_image(rows: dict) -> dict:
     return {**rows, "images": [[Image.open(io.BytesIO(b"not an image"))] for _ in rows["prompt"]]}
 
@@ -57,21 +80,6 @@ def main(spec: dict) -> None:
         offer_fsdp_on_cpus()
     config = GNDPOConfig(**spec["config"])
     processing_class = AutoProcessor.from_pretrained(spec["model"])
-    rows = [{"prompt": [{"role": "user", "content": f"what is {word} ?"}]} for word in PROMPTS]
-    if spec.get("images"):
-        rows = [{**row, "images": [tiny_models.draw_image(index)]} for index, row in enumerate(rows)]
-
-    def rollout_func(prompts, trainer):
-        """The completion of each prompt from the specification, in place of sampling."""
-        prompt_ids, _, _ = trainer._tokenize_prompts(prompts)
-        words = [word_of(trainer._tokenizer.decode(ids)) for ids in prompt_ids]
-        completions = [spec["completions"][PROMPTS.index(word)] for word in words]
-        return {
-            "prompt_ids": prompt_ids,
-            "completion_ids": completions,
-            "logprobs": [[0.0] * len(completion) for completion in completions],
-        }
-
     # Stored in the dtype of the rest, so that ZeRO-3 can gather all parameters alike.
     quantization_config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_storage=torch.float32
@@ -80,9 +88,9 @@ def main(spec: dict) -> None:
         model=spec["model"],
         teacher_model=spec["teacher"],
         args=config,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=Dataset.from_list(make_rows(spec.get("images"))),
         processing_class=processing_class,
-        rollout_func=rollout_func if spec.get("completions") else None,
+        rollout_func=canned_rollouts(spec["completions"]) if spec.get("completions") else None,
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if spec.get("lora") else None,
         quantization_config=quantization_config if spec.get("lora") == "4bit" else None,
     )

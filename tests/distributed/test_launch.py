@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import CONFIG, ROOT, WORKER, environment, launcher
+from conftest import CONFIG, ROOT, WORKERS, environment, launcher
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -92,7 +92,7 @@ def test_sigterm_saves_a_checkpoint_on_all_ranks_and_ends(launch, checkpoints, t
         "report": str(tmp_path),
     }
     (tmp_path / "spec.json").write_text(json.dumps(spec))
-    command = [*launcher(accelerate_config), str(WORKER), str(tmp_path / "spec.json")]
+    command = [*launcher(accelerate_config), str(WORKERS / "run_training.py"), str(tmp_path / "spec.json")]
     with open(tmp_path / "log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment())
         deadline = time.monotonic() + 300
@@ -203,3 +203,9 @@ def test_fsdp_on_cpus_is_refused_instead_of_running_something_else(launch):
     run = launch("fsdp2", config={"per_device_train_batch_size": 2})
     assert run.returncode != 0
     assert "FSDP was asked for on CPUs" in run.output and "Loading weights" not in run.output
+
+
+def test_a_sharded_teacher_is_not_offloaded_by_hand(launch):
+    run = launch("zero3", config={"teacher_offload": True})
+    assert run.returncode != 0
+    assert "`teacher_offload` is True" in run.output and "offload_param_device: cpu" in run.output

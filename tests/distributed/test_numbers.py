@@ -15,6 +15,9 @@ CASES = {
     "text": {"completions": COMPLETIONS},
     "one rank masked": {"completions": HALF_ENDED, "config": {"mask_truncated_completions": True}},
     "images": {"completions": COMPLETIONS, "family": "internvl"},
+    # The two processes' own lengths would need different numbers of forward passes.
+    "token budget": {"completions": COMPLETIONS, "config": {"scoring_token_budget": 30}},
+    "teacher offloaded": {"completions": COMPLETIONS, "config": {"teacher_offload": True}},
 }
 
 
@@ -62,6 +65,8 @@ def gradients(run, start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ("one rank masked", "zero3", 2, 2),
         ("images", "ddp", 2, 2),
         ("images", "zero3", 2, 2),
+        ("token budget", "zero3", 2, 2),
+        ("teacher offloaded", "zero2", 2, 2),
     ],
 )
 def test_two_processes_equal_one(launch, one_process, checkpoints, case, accelerate_config, batch_size, accumulation):

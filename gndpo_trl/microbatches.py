@@ -1,0 +1,178 @@
+"""Micro-batches of real tokens: which completions share a forward pass, and how the padding between them goes.
+
+TRL pads every prompt and every completion to the longest of the whole generation batch. Here rows of similar length
+share a forward pass, and every row starts in its first column, so that a forward pass of `B` rows is as wide as its
+longest row of prompt and completion together. A *row* is one prompt with one completion; its length is the number of
+its tokens under the attention mask.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from .trl_hooks import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
+
+
+# The largest group may hold this much more than the smallest possible largest group, where that saves padding elsewhere.
+GROUP_SLACK = 1.25
+
+
+def group_by_length(
+    lengths: torch.Tensor,
+    *,
+    num_groups: int | None = None,
+    token_budget: int | None = None,
+    gather: Callable[[torch.Tensor], torch.Tensor] = lambda lengths: lengths,
+) -> list[list[int]]:
+    """
+    Distribute rows over groups of similar length, in the same sizes on all ranks.
+
+    The k-th group holds as many rows on every rank, since sharded models wait for each other at every forward pass and
+    TRL gathers metrics of the rows of every micro-batch. It is planned for the longest rows that any rank has there.
+
+    Args:
+        lengths (`torch.Tensor` of shape `(B,)`): Number of tokens in each row of this rank.
+        num_groups (`int`, *optional*): Number of groups, at most `B`.
+        token_budget (`int`, *optional*): Largest group in padded tokens; a longer row is a group of its own. Give either
+            this or `num_groups`.
+        gather (`Callable`, *optional*): Concatenates a tensor along its first dimension over all ranks. It receives
+            `(1, B)` lengths. The default is one process.
+
+    Returns:
+        `list[list[int]]`: lists of row indices, the longest rows first; together they hold each of the `B` rows once.
+    """
+    order = lengths.argsort(descending=True, stable=True)
+    longest = gather(lengths[order].unsqueeze(0)).amax(0).cpu()
+    if num_groups is None:
+        num_groups = fewest_groups(longest.tolist(), token_budget)
+    sizes = group_sizes(longest, num_groups, token_budget)
+    return [rows.tolist() for rows in order.split(sizes)]
+
+
+def group_sizes(lengths: torch.Tensor, num_groups: int, token_budget: int | None = None) -> list[int]:
+    """
+    Cut rows, sorted by length, into groups that cost about the same and hold little padding.
+
+    Padded to its longest row, a group costs `rows × longest`. Among all ways to cut, this is one with the least total
+    cost whose largest group is at most 1.25 times as large as it has to be, within the budget, and never larger than a
+    micro-batch of TRL's. Groups of about equal cost keep the peak of memory low.
+
+    Args:
+        lengths (`torch.Tensor` of shape `(B,)`): Number of tokens in each row, in descending order.
+        num_groups (`int`): Number of groups of at least one row.
+        token_budget (`int`, *optional*): Upper bound of a group's cost, where it has more than one row.
+
+    Returns:
+        `list[int]`: numbers of rows, which sum to `B`.
+    """
+    num_rows = len(lengths)
+    # costs[i, j]: rows i to j - 1 as one group
+    num_in_group = torch.arange(num_rows + 1) - torch.arange(num_rows).unsqueeze(1)
+    costs = (num_in_group * lengths.double().unsqueeze(1)).masked_fill(num_in_group <= 0, torch.inf)
+
+    largest = costs[0]  # smallest possible largest group of the first j rows: in one group, in two, ...
+    for _ in range(num_groups - 1):
+        largest = torch.maximum(largest[:num_rows].unsqueeze(1), costs).amin(0)
+    limits = [GROUP_SLACK * largest[-1], math.ceil(num_rows / num_groups) * lengths[0]]
+    if token_budget is not None:
+        limits.append(max(token_budget, lengths[0]))
+    costs = costs.masked_fill(costs > min(limits), torch.inf)
+
+    total, starts = costs[0], []
+    for _ in range(num_groups - 1):
+        total, start = (total[:num_rows].unsqueeze(1) + costs).min(0)
+        starts.append(start)
+    bounds = [num_rows]
+    for start in reversed(starts):
+        bounds.append(start[bounds[-1]].item())
+    bounds.append(0)
+    return [end - start for end, start in zip(bounds, bounds[1:], strict=False)][::-1]
+
+
+def fewest_groups(lengths: list[int], token_budget: int) -> int:
+    """Smallest number of groups that rows of descending length can be cut into within the budget."""
+    num_groups, size, longest = 0, 0, 0
+    for length in lengths:
+        size += 1
+        if num_groups == 0 or size * longest > token_budget:
+            num_groups, size, longest = num_groups + 1, 1, length
+    return num_groups
+
+
+def merge_batches(batches: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rows of several micro-batches in one; what is one number for a whole generation batch stays one number."""
+    merged = {}
+    for key, first in batches[0].items():
+        values = [batch[key] for batch in batches]
+        if first is None or isinstance(first, torch.Tensor) and first.ndim == 0:
+            merged[key] = first
+        else:
+            merged[key] = torch.cat(values) if isinstance(first, torch.Tensor) else sum(values, [])
+    return merged
+
+
+def regroup(
+    batches: list[dict[str, Any]], gather: Callable[[torch.Tensor], torch.Tensor] = lambda lengths: lengths
+) -> list[dict[str, Any]]:
+    """
+    The rows of equally large micro-batches in as many micro-batches of rows of similar length, see [`group_by_length`].
+
+    Each one gets `row_share`, its number of rows relative to what it was, which is what its mean over rows has to be
+    multiplied with for the sum over all micro-batches to stay the same.
+    """
+    merged = merge_batches(batches)
+    lengths = merged["prompt_mask"].sum(-1) + merged["completion_mask"].sum(-1)
+    rows_before = len(lengths) // len(batches)
+    groups = group_by_length(lengths, num_groups=len(batches), gather=gather)
+    return [{**select_rows(merged, rows), "row_share": len(rows) / rows_before} for rows in groups]
+
+
+def select_rows(batch: dict[str, Any], rows: list[int]) -> dict[str, Any]:
+    """Some rows of a batch as TRL builds it, with their images, in the order of `rows`."""
+    selected = {}
+    for key, values in split_pixel_values_by_grid(batch).items():
+        if isinstance(values, torch.Tensor):
+            selected[key] = values[rows] if values.ndim > 0 else values
+        else:
+            selected[key] = values and [values[row] for row in rows]
+    return unsplit_pixel_values_by_grid(selected)
+
+
+class LeftAligned:
+    """
+    The rows of a batch moved to the left edge, where TRL aligns them at the boundary of prompt and completion.
+
+    The width shrinks from longest prompt plus longest completion to the longest row. A token's column no longer depends
+    on which rows share the batch, so neither do the log-probs of models with absolute positions.
+
+    Args:
+        attention_mask (`torch.Tensor` of shape `(B, P + T)`): Left-padded prompts before right-padded completions.
+        logits_to_keep (`int`): `T`, padded length of the completions.
+    """
+
+    def __init__(self, attention_mask: torch.Tensor, logits_to_keep: int):
+        device = attention_mask.device
+        prompt_lengths = attention_mask[:, :-logits_to_keep].sum(-1)
+        self.completion_lengths = attention_mask[:, -logits_to_keep:].sum(-1)
+        shortest_prompt = prompt_lengths.min().item()
+        longest = (prompt_lengths + self.completion_lengths).max().item()
+        width = max(longest, shortest_prompt + 1)  # TRL cannot keep zero columns
+        first_column = attention_mask.size(1) - logits_to_keep - prompt_lengths
+        # Beyond the end of a row, the columns wrap around to its padding.
+        columns = first_column.unsqueeze(1) + torch.arange(width, device=device)
+        self.columns = columns % attention_mask.size(1)
+        # Of the aligned columns that TRL scores, those that hold the completions.
+        self.logits_to_keep = width - shortest_prompt
+        scored = (prompt_lengths - shortest_prompt).unsqueeze(1) + torch.arange(logits_to_keep, device=device)
+        self.scored_columns = scored.clamp(max=self.logits_to_keep - 1)
+        self.is_padding = torch.arange(logits_to_keep, device=device) >= self.completion_lengths.unsqueeze(1)
+
+    def align(self, values: torch.Tensor) -> torch.Tensor:
+        """`(B, P + T)` values per token, moved to the left edge."""
+        return values.gather(1, self.columns)
+
+    def restore(self, values: torch.Tensor) -> torch.Tensor:
+        """`(B, logits_to_keep)` values, computed on aligned rows, as `(B, T)`; 0 on padding."""
+        return values.gather(1, self.scored_columns).masked_fill(self.is_padding, 0)
