@@ -1,88 +1,156 @@
 """
-Train a student with GNDPO: text or image-text, on one device or many, as the recipe says.
+Train a student with GNDPO, or with one of its baselines: text or image-text, on one device or many, as the recipe says.
 
     accelerate launch examples/train_gndpo.py --config recipes/digits/gndpo.yaml
     accelerate launch examples/train_gndpo.py \
         --model_name_or_path Qwen/Qwen3-0.6B --teacher_model_name_or_path Qwen/Qwen3-4B \
         --dataset_name trl-lib/DeepMath-103K --output_dir runs/qwen3
 
-Every field of `GNDPOConfig`, of TRL's `ModelConfig` and of the script arguments below can stand in the recipe or on the
-command line, which wins.
+The paper's comparison has three arms, which share data, prompts, generation and validation:
+
+    for algorithm in gspo opd gndpo; do
+        accelerate launch --config_file recipes/accelerate/zero3_offload.yaml examples/train_gndpo.py \
+            --config recipes/internvl3_5/1b/$algorithm.yaml
+    done
+
+    --algorithm gndpo   a teacher's scores of every token, clamped and whitened over the generation batch
+    --algorithm opd     the same without the whitening
+    --algorithm gspo    no teacher: TRL's GRPOTrainer on the rewards, with the paper's settings of GSPO
+
+Every field of `GNDPOConfig` (`GSPOConfig` for GSPO), of TRL's `ModelConfig` and of the script arguments below can stand
+in the recipe or on the command line, which wins.
 """
 
+import difflib
 import importlib
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, fields
 
-from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
 from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_quantization_config
-from trl.rewards import accuracy_reward, reasoning_accuracy_reward, think_format_reward
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
+from gndpo_trl.data import get_split, load_splits
+from gndpo_trl.gspo import GSPOConfig, GSPOTrainer
 from gndpo_trl.launch import check_final_save
 
 
-REWARD_FUNCS = {
-    "accuracy_reward": accuracy_reward,
-    "reasoning_accuracy_reward": reasoning_accuracy_reward,
-    "think_format_reward": think_format_reward,
-}
+ALGORITHMS = ("gndpo", "opd", "gspo")
 
-# Loader of the `datasets` library for a single file, by its ending.
-FILE_LOADERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
+REWARD_FUNCS = {
+    "accuracy_reward": "trl.rewards.accuracy_reward",
+    "boxed_accuracy_reward": "gndpo_trl.rewards.boxed_accuracy_reward",
+    "reasoning_accuracy_reward": "trl.rewards.reasoning_accuracy_reward",
+    "think_format_reward": "trl.rewards.think_format_reward",
+}
 
 
 @dataclass
 class GNDPOScriptArguments(ScriptArguments):
     """
-    Script arguments for GNDPO training.
+    Script arguments for training with GNDPO, OPD or GSPO.
 
     Args:
+        algorithm (`str`, *optional*):
+            `"gndpo"`, `"opd"` (GNDPO without the whitening) or `"gspo"` (no teacher, the rewards are trained for). If
+            unset, it is `"gspo"` where there are rewards and no teacher, else `"gndpo"`.
         reward_funcs (`list[str]`, *optional*):
-            Rewards to monitor; they do not touch the advantages. Names of TRL's (`accuracy_reward`,
-            `reasoning_accuracy_reward`, `think_format_reward`) or dotted import paths, looked up from the working
-            directory (`my_rewards.exact_match`).
+            Rewards. GSPO trains for them; under GNDPO and OPD they are monitored and do not touch the advantages. One
+            of `accuracy_reward`, `boxed_accuracy_reward`, `reasoning_accuracy_reward` and `think_format_reward`, or
+            dotted import paths, looked up from the working directory (`my_rewards.exact_match`).
     """
 
+    algorithm: str | None = field(
+        default=None,
+        metadata={
+            "help": '`"gndpo"`, `"opd"` (GNDPO without the whitening) or `"gspo"` (no teacher, the rewards are trained '
+            'for). If unset, it is `"gspo"` where there are rewards and no teacher, else `"gndpo"`.'
+        },
+    )
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Rewards to monitor; they do not touch the advantages. Names of TRL's (`accuracy_reward`, "
-            "`reasoning_accuracy_reward`, `think_format_reward`) or dotted import paths, looked up from the working "
-            "directory (`my_rewards.exact_match`)."
+            "help": "Rewards. GSPO trains for them; under GNDPO and OPD they are monitored and do not touch the "
+            "advantages. One of `accuracy_reward`, `boxed_accuracy_reward`, `reasoning_accuracy_reward` and "
+            "`think_format_reward`, or dotted import paths, looked up from the working directory "
+            "(`my_rewards.exact_match`)."
         },
     )
 
 
-def load_splits(script_args: GNDPOScriptArguments) -> DatasetDict | IterableDatasetDict:
-    """Splits of `--dataset_name`: a folder written by `save_to_disk`, a data file, a folder of them, or a hub id."""
-    name, streaming = script_args.dataset_name, script_args.dataset_streaming
-    if name is None:
-        raise ValueError("`dataset_name` is not set. Give a hub id, a folder of `save_to_disk`, or a data file.")
-    path = Path(name)
-    if (path / "dataset_dict.json").exists():
-        return load_from_disk(name)
-    if (path / "state.json").exists():
-        return DatasetDict({script_args.dataset_train_split: load_from_disk(name)})
-    if path.suffix in FILE_LOADERS and path.exists():
-        files = {script_args.dataset_train_split: name}
-        return load_dataset(FILE_LOADERS[path.suffix], data_files=files, streaming=streaming)
-    return load_dataset(name, name=script_args.dataset_config, streaming=streaming)
+@dataclass
+class AlgorithmArguments:
+    """What decides on the class of the configuration, and so has to be known before everything else is parsed."""
+
+    algorithm: str | None = None
+    teacher_model_name_or_path: str | None = None
+    reward_funcs: list[str] | None = None
 
 
-def get_split(splits: DatasetDict | IterableDatasetDict, field: str, name: str):
-    if name not in splits:
-        raise ValueError(f"`{field}` is {name!r}, but the dataset has the splits {sorted(splits)}.")
-    return splits[name]
+def choose_algorithm(arguments: AlgorithmArguments) -> str:
+    algorithm, teacher = arguments.algorithm, arguments.teacher_model_name_or_path
+    if algorithm is None:
+        return "gspo" if arguments.reward_funcs and teacher is None else "gndpo"
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"`algorithm` is {algorithm!r}. Choose one of {', '.join(map(repr, ALGORITHMS))}.")
+    if algorithm == "gspo" and teacher is not None:
+        raise ValueError(
+            f"`teacher_model_name_or_path` is {teacher!r}, but GSPO learns from rewards and has no teacher. Unset it, "
+            'or set `algorithm` to "gndpo" or "opd".'
+        )
+    if algorithm == "gspo" and not arguments.reward_funcs:
+        raise ValueError("`algorithm` is 'gspo', but `reward_funcs` is not set. Name the rewards to train for.")
+    return algorithm
+
+
+def check_recipe_keys(keys: list[str], classes: tuple[type, ...]) -> None:
+    """Raise `ValueError`, naming the key and the nearest field, if no class has a field for a key of the recipe."""
+    names = {attribute.name for cls in classes for attribute in fields(cls) if attribute.init}
+    for key in keys:
+        if key in names:
+            continue
+        if key in GNDPOConfig.__dataclass_fields__:
+            remedy = "GSPO, which runs without a teacher, has no use for it. Remove it, or name a teacher."
+        elif nearest := difflib.get_close_matches(key, names, n=1):
+            remedy = f"Did you mean `{nearest[0]}`?"
+        else:
+            remedy = "Remove it."
+        raise ValueError(f"The recipe sets `{key}`, which is not a field of {classes[1].__name__}. {remedy}")
+
+
+def parse_arguments(
+    arguments: list[str] | None = None,
+) -> tuple[GNDPOScriptArguments, GNDPOConfig | GSPOConfig, ModelConfig]:
+    """
+    Read the command line and the recipe that it names.
+
+    Raises:
+        `ValueError`: if a key of the recipe is unknown, or if settings contradict the algorithm.
+    """
+    first_parser = TrlParser(AlgorithmArguments, add_help=False)
+    first_arguments, other_keys_and_values, _ = first_parser.parse_args_and_config(
+        arguments, return_remaining_strings=True, separate_remaining_strings=True
+    )
+    algorithm = choose_algorithm(first_arguments)
+    classes = (GNDPOScriptArguments, GSPOConfig if algorithm == "gspo" else GNDPOConfig, ModelConfig)
+    check_recipe_keys([key.removeprefix("--") for key in other_keys_and_values[::2]], classes)
+
+    parser = TrlParser(classes)
+    if algorithm == "opd":
+        parser.set_defaults(advantage_normalization="none")
+    script_args, training_args, model_args = parser.parse_args_and_config(arguments)
+    script_args.algorithm = algorithm
+    if algorithm == "opd" and training_args.advantage_normalization != "none":
+        raise ValueError(
+            f"`advantage_normalization` is {training_args.advantage_normalization!r}, but `algorithm` is 'opd', which "
+            'has no whitening. Unset it, or set `algorithm` to "gndpo".'
+        )
+    return script_args, training_args, model_args
 
 
 def get_reward_func(name: str) -> Callable:
-    if name in REWARD_FUNCS:
-        return REWARD_FUNCS[name]
-    module, _, function = name.rpartition(".")
+    module, _, function = REWARD_FUNCS.get(name, name).rpartition(".")
     if not module:
         raise ValueError(
             f"`reward_funcs` names {name!r}. Choose one of {sorted(REWARD_FUNCS)}, or give a dotted import path."
@@ -92,7 +160,7 @@ def get_reward_func(name: str) -> Callable:
     return getattr(importlib.import_module(module), function)
 
 
-def main(script_args: GNDPOScriptArguments, training_args: GNDPOConfig, model_args: ModelConfig) -> None:
+def main(script_args: GNDPOScriptArguments, training_args: GNDPOConfig | GSPOConfig, model_args: ModelConfig) -> None:
     if model_args.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is not set. Give the student's path or hub id.")
     check_final_save(training_args)
@@ -102,13 +170,19 @@ def main(script_args: GNDPOScriptArguments, training_args: GNDPOConfig, model_ar
         "dtype": model_args.dtype,
         **(training_args.model_init_kwargs or {}),
     }
-    splits = load_splits(script_args)
+    splits = load_splits(
+        script_args.dataset_name,
+        script_args.dataset_config,
+        streaming=script_args.dataset_streaming,
+        train_split=script_args.dataset_train_split,
+    )
     train_dataset = get_split(splits, "dataset_train_split", script_args.dataset_train_split)
     eval_dataset = None
     if training_args.eval_strategy != "no":
         eval_dataset = get_split(splits, "dataset_test_split", script_args.dataset_test_split)
 
-    trainer = GNDPOTrainer(
+    trainer_class = GSPOTrainer if isinstance(training_args, GSPOConfig) else GNDPOTrainer
+    trainer = trainer_class(
         model=model_args.model_name_or_path,
         reward_funcs=[get_reward_func(name) for name in script_args.reward_funcs or []],
         args=training_args,
@@ -118,6 +192,7 @@ def main(script_args: GNDPOScriptArguments, training_args: GNDPOConfig, model_ar
         peft_config=get_peft_config(model_args),
     )
 
+    trainer.accelerator.print(f"Training with the algorithm {script_args.algorithm}.")
     resume = training_args.resume_from_checkpoint
     if resume is not None and resume.lower() in ("true", "false"):  # "true": the last checkpoint in `output_dir`
         resume = resume.lower() == "true"
@@ -133,4 +208,4 @@ def main(script_args: GNDPOScriptArguments, training_args: GNDPOConfig, model_ar
 
 
 if __name__ == "__main__":
-    main(*TrlParser((GNDPOScriptArguments, GNDPOConfig, ModelConfig)).parse_args_and_config())
+    main(*parse_arguments())

@@ -1,4 +1,4 @@
-"""`examples/train_gndpo.py` from the command line: data sets of every kind, text and images, LoRA, resuming."""
+"""`examples/train_gndpo.py` from the command line: its algorithms, data sets of every kind, images, LoRA, resuming."""
 
 import importlib.util
 import json
@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from datasets import DatasetDict
 from transformers import AutoModelForCausalLM
-from trl import ModelConfig, TrlParser
 
 from gndpo_trl import GNDPOConfig
+from gndpo_trl.gspo import GSPOConfig
 
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "train_gndpo.py"
@@ -57,8 +57,7 @@ def command(checkpoints, tmp_path):
 
 
 def run(script, arguments: list[str]) -> None:
-    parser = TrlParser((script.GNDPOScriptArguments, GNDPOConfig, ModelConfig))
-    script.main(*parser.parse_args_and_config(arguments))
+    script.main(*script.parse_arguments(arguments))
 
 
 def log_history(output_dir: Path, step: int) -> list[dict]:
@@ -141,9 +140,13 @@ def test_bad_input_is_named(script, command, text_dataset, tmp_path, options, me
 
 def test_an_unknown_key_in_a_recipe_is_named(script, command, tmp_path):
     arguments = command("nowhere")
-    (tmp_path / "recipe.yaml").write_text(RECIPE + "score_clamp: 5.0\n")
-    with pytest.raises(ValueError, match="score_clamp"):
-        run(script, arguments)
+    for key, message in [("score_clamp", "Did you mean `score_clip`"), ("zzz", "`zzz`, which is not a field.*Remove")]:
+        (tmp_path / "recipe.yaml").write_text(RECIPE + f"{key}: 5.0\n")
+        with pytest.raises(ValueError, match=message):
+            script.parse_arguments(arguments)
+    with pytest.raises(ValueError, match="score_clamp"):  # on the command line too
+        (tmp_path / "recipe.yaml").write_text(RECIPE)
+        script.parse_arguments([*arguments, "--score_clamp", "5.0"])
 
 
 def test_models_and_data_must_be_given(script, tmp_path):
@@ -152,3 +155,79 @@ def test_models_and_data_must_be_given(script, tmp_path):
         run(script, basics)
     with pytest.raises(ValueError, match="`dataset_name` is not set"):
         run(script, [*basics, "--model_name_or_path", "somewhere"])
+
+
+# The algorithms
+
+
+@pytest.fixture
+def parse(script, tmp_path):
+    def parse(*options: str, recipe: str = ""):
+        (tmp_path / "recipe.yaml").write_text(RECIPE + recipe)
+        return script.parse_arguments(
+            ["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "out"), *options]
+        )
+
+    return parse
+
+
+def test_the_algorithm_decides_on_the_configuration(parse):
+    teacher, rewards = ["--teacher_model_name_or_path", "there"], ["--reward_funcs", "accuracy_reward"]
+    for options, algorithm, config_class in [
+        (teacher, "gndpo", GNDPOConfig),
+        ([*teacher, *rewards], "gndpo", GNDPOConfig),
+        (rewards, "gspo", GSPOConfig),
+        ([], "gndpo", GNDPOConfig),
+        ([*rewards, "--algorithm", "gspo"], "gspo", GSPOConfig),
+        ([*teacher, "--algorithm", "opd"], "opd", GNDPOConfig),
+    ]:
+        script_args, training_args, _ = parse(*options)
+        assert script_args.algorithm == algorithm and type(training_args) is config_class
+        if config_class is GNDPOConfig:
+            assert training_args.advantage_normalization == ("none" if algorithm == "opd" else "global")
+    script_args, training_args, _ = parse(*teacher, recipe="algorithm: opd\n")
+    assert script_args.algorithm == "opd" and training_args.advantage_normalization == "none"
+
+
+def test_gspo_is_grpo_with_the_settings_of_the_reference(parse):
+    _, config, _ = parse("--reward_funcs", "accuracy_reward")
+    assert config.importance_sampling_level == "sequence"
+    assert config.loss_type == "grpo"
+    assert config.epsilon == 0.2 and config.epsilon_high is None
+    assert config.beta == 0.0
+    assert config.lr_scheduler_type == "constant"
+    assert config.weight_decay == 0.01
+    assert config.max_grad_norm == 1.0
+    assert config.vllm_importance_sampling_correction is False
+    docstring = " ".join(GSPOConfig.__doc__.split())
+    for name in [*GSPOConfig.__annotations__, "eval_temperature"]:
+        assert " ".join(GSPOConfig.__dataclass_fields__[name].metadata["help"].split()) in docstring, name
+
+
+@pytest.mark.parametrize(
+    "options, recipe, message",
+    [
+        (["--algorithm", "ppo"], "", r"`algorithm` is 'ppo'.*'gndpo', 'opd', 'gspo'"),
+        (
+            ["--teacher_model_name_or_path", "there"],
+            "algorithm: gspo",
+            r"`teacher_model_name_or_path` is 'there'.*GSPO",
+        ),
+        (["--algorithm", "gspo"], "", r"`algorithm` is 'gspo', but `reward_funcs` is not set"),
+        (["--reward_funcs", "accuracy_reward"], "score_clip: 5.0", r"`score_clip`.*GSPOConfig.*name a teacher"),
+        (["--algorithm", "opd"], "advantage_normalization: global", r"`advantage_normalization` is 'global'.*'opd'"),
+        (["--algorithm", "opd", "--advantage_normalization", "group"], "", r"`advantage_normalization` is 'group'"),
+    ],
+)
+def test_settings_that_contradict_the_algorithm_are_refused(parse, options, recipe, message):
+    with pytest.raises(ValueError, match=message):
+        parse(*options, recipe=recipe)
+
+
+def test_gspo_needs_a_model_that_reads_the_images(script, checkpoints, image_dataset, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    image_dataset.save_to_disk(tmp_path / "data")
+    arguments = ["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "out")]
+    arguments += ["--model_name_or_path", checkpoints["qwen3-student"], "--dataset_name", str(tmp_path / "data")]
+    with pytest.raises(ValueError, match="has the column 'images'.*no processor for images"):
+        run(script, [*arguments, "--reward_funcs", "think_format_reward"])
