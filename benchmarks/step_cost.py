@@ -341,20 +341,37 @@ def resident_bytes(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def peak_bytes(arm: Arm, rows: list[dict], device: torch.device) -> int:
-    """Peak memory of one more step: the arm's state, and how much the step adds to what is allocated before it."""
-    gc.collect()
+def reset_peak(device: torch.device) -> int:
+    """Bytes in use now, from which on the peak is taken."""
     if device.type == "cuda":
-        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        arm.step(rows)
-        return arm.state_bytes() + torch.cuda.max_memory_allocated(device) - before
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-    before = resident_bytes("VmRSS")
+        return torch.cuda.memory_allocated(device)
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of resident memory starts anew
+    return resident_bytes("VmRSS")
+
+
+def peak_since_reset(device: torch.device) -> int:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_bytes("VmHWM")
+
+
+def peak_bytes(arm: Arm, rows: list[dict], device: torch.device) -> dict[str, int]:
+    """Peak memory of one more step, in scoring and in the loss: the arm's state and what the step adds to it."""
+    gc.collect()
+    before = reset_peak(device)
+    peaks = {}
+    generate = arm.trainer._generate_and_score_completions
+
+    def generate_and_score(inputs):
+        rollout = generate(inputs)
+        peaks["scoring"] = peak_since_reset(device)
+        reset_peak(device)
+        return rollout
+
+    arm.trainer._generate_and_score_completions = generate_and_score
     arm.step(rows)
-    return arm.state_bytes() + resident_bytes("VmHWM") - before
+    del arm.trainer._generate_and_score_completions
+    peaks["loss"] = peak_since_reset(device)
+    return {part: arm.state_bytes() + peak - before for part, peak in peaks.items()}
 
 
 # ---- the measurement, and what becomes of it
@@ -391,7 +408,8 @@ def measure(size: str, args: argparse.Namespace, device: torch.device) -> dict:
         rows, completions = draw_batch(size, lengths, args)
         for name, arm in arms.items():
             arm.use(completions)
-            result[name]["peak_bytes"] = peak_bytes(arm, rows, device)
+            by_part = peak_bytes(arm, rows, device)
+            result[name].update(peak_bytes=max(by_part.values()), peak_bytes_by_part=by_part)
     return results
 
 
@@ -412,14 +430,19 @@ def ratios(results: dict) -> dict:
 def print_table(size: str, results: dict) -> None:
     for lengths, arms in results.items():
         print(f"\n{size}, {lengths.replace('_', '-')} lengths: seconds per step, median\n")
-        print("| arm | " + " | ".join(PHASES) + " | step | peak GiB | padded / real tokens | gndpo / arm | memory |")
-        print("|---" * (len(PHASES) + 6) + "|")
+        print(
+            "| arm | "
+            + " | ".join(PHASES)
+            + " | step | peak GiB, scoring | loss | padded / real tokens | gndpo / arm | memory |"
+        )
+        print("|---" * (len(PHASES) + 7) + "|")
         for name, arm in arms.items():
             phases = " | ".join(f"{arm['seconds'][phase]:.3f}" for phase in PHASES)
             time_ratio = arms["gndpo"]["seconds"]["step"] / arm["seconds"]["step"]
             memory_ratio = arms["gndpo"]["peak_bytes"] / arm["peak_bytes"]
             print(
-                f"| {name} | {phases} | {arm['seconds']['step']:.3f} | {arm['peak_bytes'] / 2**30:.2f} | "
+                f"| {name} | {phases} | {arm['seconds']['step']:.3f} | "
+                f"{arm['peak_bytes_by_part']['scoring'] / 2**30:.2f} | {arm['peak_bytes_by_part']['loss'] / 2**30:.2f} | "
                 f"{arm['tokens']['padded'] / arm['tokens']['real']:.3f} | {time_ratio:.3f} | {memory_ratio:.3f} |"
             )
 

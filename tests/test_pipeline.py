@@ -67,9 +67,9 @@ def test_from_problems_to_the_table(run, tmp_path, checkpoints):
         run("train_gndpo.py", "--config", str(ROOT / f"recipes/internvl3_5/1b/{algorithm}.yaml"), **options)
         state = json.loads((tmp_path / algorithm / "trainer_state.json").read_text())
         assert state["global_step"] == 2
-        rewards = "boxed_accuracy_reward", "think_format_reward"
-        for name in rewards:
-            assert sum(f"eval_rewards/{name}/mean" in entry for entry in state["log_history"]) == 3  # before, and twice
+        for name in ("boxed_accuracy_reward", "think_format_reward"):
+            validations = sum(f"eval_rewards/{name}/mean" in entry for entry in state["log_history"])
+            assert validations == 3  # before training, and after each step
             assert sum(f"rewards/{name}/mean" in entry for entry in state["log_history"]) == 2
         assert any("score/mean" in entry for entry in state["log_history"]) == (algorithm != "gspo")
 
