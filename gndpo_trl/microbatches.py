@@ -71,14 +71,14 @@ def group_sizes(lengths: torch.Tensor, num_groups: int, token_budget: int | None
     # costs[i, j]: rows i to j - 1 as one group
     num_in_group = torch.arange(num_rows + 1) - torch.arange(num_rows).unsqueeze(1)
     costs = (num_in_group * lengths.double().unsqueeze(1)).masked_fill(num_in_group <= 0, torch.inf)
+    if token_budget is not None:
+        costs = costs.masked_fill((num_in_group > 1) & (costs > token_budget), torch.inf)
 
     largest = costs[0]  # smallest possible largest group of the first j rows: in one group, in two, ...
     for _ in range(num_groups - 1):
         largest = torch.maximum(largest[:num_rows].unsqueeze(1), costs).amin(0)
-    limits = [GROUP_SLACK * largest[-1], math.ceil(num_rows / num_groups) * lengths[0]]
-    if token_budget is not None:
-        limits.append(max(token_budget, lengths[0]))
-    costs = costs.masked_fill(costs > min(limits), torch.inf)
+    limit = min(GROUP_SLACK * largest[-1], math.ceil(num_rows / num_groups) * lengths[0])
+    costs = costs.masked_fill(costs > limit, torch.inf)
 
     total, starts = costs[0], []
     for _ in range(num_groups - 1):
