@@ -136,6 +136,7 @@ def compute_advantages(
     num_generations: int = 1,
     gather: Callable[[torch.Tensor], torch.Tensor] = lambda moments: moments,
     process_index: int = 0,
+    moments: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Advantages of GNDPO (`"global"`), of plain on-policy distillation (`"none"`) and of two arms for ablation.
@@ -155,6 +156,8 @@ def compute_advantages(
         gather (`Callable`, *optional*): Concatenates a tensor along its first dimension over all ranks, in the order
             of ranks. It receives `(1, 3)` moments for `"global"` and `(B, 3)` for `"group"`. The default is one process.
         process_index (`int`, *optional*, defaults to `0`): Rank of this process in the order of `gather`.
+        moments (`torch.Tensor` of shape `(B, 3)`, *optional*): Result of [`population_moments`] where the statistics are
+            not those of `scores`; computed from them if `None`.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: the advantages, of shape `(B, T)` and of the dtype of `scores`, without
@@ -162,14 +165,15 @@ def compute_advantages(
         population has fewer than two valid tokens, which have zero advantages for that reason.
     """
     scores = clamp_scores(scores, mask, score_clip)
-    moments = population_moments(
-        scores,
-        mask,
-        normalization=normalization,
-        num_generations=num_generations,
-        gather=gather,
-        process_index=process_index,
-    )
     if moments is None:
+        moments = population_moments(
+            scores,
+            mask,
+            normalization=normalization,
+            num_generations=num_generations,
+            gather=gather,
+            process_index=process_index,
+        )
+    if moments is None:  # "none" has no population
         return scores, torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     return whiten(scores, mask, moments, std_floor), moments[:, 0] < 2

@@ -8,6 +8,7 @@ its tokens under the attention mask.
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -44,14 +45,15 @@ def group_by_length(
         `list[list[int]]`: lists of row indices, the longest rows first; together they hold each of the `B` rows once.
     """
     order = lengths.argsort(descending=True, stable=True)
-    longest = gather(lengths[order].unsqueeze(0)).amax(0).cpu()
+    longest = tuple(gather(lengths[order].unsqueeze(0)).amax(0).tolist())
     if num_groups is None:
-        num_groups = fewest_groups(longest.tolist(), token_budget)
+        num_groups = fewest_groups(longest, token_budget)
     sizes = group_sizes(longest, num_groups, token_budget)
     return [rows.tolist() for rows in order.split(sizes)]
 
 
-def group_sizes(lengths: torch.Tensor, num_groups: int, token_budget: int | None = None) -> list[int]:
+@lru_cache(maxsize=1)  # teacher, student and loss cut the same rows
+def group_sizes(lengths: tuple[int, ...], num_groups: int, token_budget: int | None = None) -> tuple[int, ...]:
     """
     Cut rows, sorted by length, into groups that cost about the same and hold little padding.
 
@@ -60,17 +62,17 @@ def group_sizes(lengths: torch.Tensor, num_groups: int, token_budget: int | None
     micro-batch of TRL's. Groups of about equal cost keep the peak of memory low.
 
     Args:
-        lengths (`torch.Tensor` of shape `(B,)`): Number of tokens in each row, in descending order.
+        lengths (`tuple[int, ...]`): Number of tokens in each of `B` rows, in descending order.
         num_groups (`int`): Number of groups of at least one row.
         token_budget (`int`, *optional*): Upper bound of a group's cost, where it has more than one row.
 
     Returns:
-        `list[int]`: numbers of rows, which sum to `B`.
+        `tuple[int, ...]`: numbers of rows, which sum to `B`.
     """
     num_rows = len(lengths)
     # costs[i, j]: rows i to j - 1 as one group
     num_in_group = torch.arange(num_rows + 1) - torch.arange(num_rows).unsqueeze(1)
-    costs = (num_in_group * lengths.double().unsqueeze(1)).masked_fill(num_in_group <= 0, torch.inf)
+    costs = (num_in_group * torch.tensor(lengths).double().unsqueeze(1)).masked_fill(num_in_group <= 0, torch.inf)
     if token_budget is not None:
         costs = costs.masked_fill((num_in_group > 1) & (costs > token_budget), torch.inf)
 
@@ -88,10 +90,10 @@ def group_sizes(lengths: torch.Tensor, num_groups: int, token_budget: int | None
     for start in reversed(starts):
         bounds.append(start[bounds[-1]].item())
     bounds.append(0)
-    return [end - start for end, start in zip(bounds, bounds[1:], strict=False)][::-1]
+    return tuple(end - start for end, start in zip(bounds, bounds[1:], strict=False))[::-1]
 
 
-def fewest_groups(lengths: list[int], token_budget: int) -> int:
+def fewest_groups(lengths: tuple[int, ...], token_budget: int) -> int:
     """Smallest number of groups that rows of descending length can be cut into within the budget."""
     num_groups, size, longest = 0, 0, 0
     for length in lengths:
@@ -155,9 +157,9 @@ class LeftAligned:
     def __init__(self, attention_mask: torch.Tensor, logits_to_keep: int):
         device = attention_mask.device
         prompt_lengths = attention_mask[:, :-logits_to_keep].sum(-1)
-        self.completion_lengths = attention_mask[:, -logits_to_keep:].sum(-1)
+        completion_lengths = attention_mask[:, -logits_to_keep:].sum(-1)
         shortest_prompt = prompt_lengths.min().item()
-        longest = (prompt_lengths + self.completion_lengths).max().item()
+        longest = (prompt_lengths + completion_lengths).max().item()
         width = max(longest, shortest_prompt + 1)  # TRL cannot keep zero columns
         first_column = attention_mask.size(1) - logits_to_keep - prompt_lengths
         # Beyond the end of a row, the columns wrap around to its padding.
@@ -167,7 +169,7 @@ class LeftAligned:
         self.logits_to_keep = width - shortest_prompt
         scored = (prompt_lengths - shortest_prompt).unsqueeze(1) + torch.arange(logits_to_keep, device=device)
         self.scored_columns = scored.clamp(max=self.logits_to_keep - 1)
-        self.is_padding = torch.arange(logits_to_keep, device=device) >= self.completion_lengths.unsqueeze(1)
+        self.is_padding = torch.arange(logits_to_keep, device=device) >= completion_lengths.unsqueeze(1)
 
     def align(self, values: torch.Tensor) -> torch.Tensor:
         """`(B, P + T)` values per token, moved to the left edge."""

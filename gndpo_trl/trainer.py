@@ -21,7 +21,7 @@ from transformers import (
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import GRPOTrainer
 
-from .advantages import clamp_scores, compute_advantages, population_moments, token_scores, whiten
+from .advantages import clamp_scores, compute_advantages, population_moments, token_scores
 from .compatibility import check_compatibility
 from .config import GNDPOConfig
 from .eval_temperature import EvalTemperatureMixin
@@ -269,14 +269,19 @@ class GNDPOTrainer(EvalTemperatureMixin, GRPOTrainer):
             "gather": gather,
             "process_index": self.accelerator.process_index,
         }
+        moments = None
+        if uses_sampling_logps:  # the advantages below are then estimates for the logs; the loss makes its own
+            moments = population_moments(clamp_scores(scores, mask, self.args.score_clip), mask, **population)
+            rollout["teacher_per_token_logps"], rollout["score_moments"] = teacher_logps, moments
         advantages, undefined = compute_advantages(
-            scores, mask, score_clip=self.args.score_clip, std_floor=self.args.std_floor, **population
+            scores,
+            mask,
+            score_clip=self.args.score_clip,
+            std_floor=self.args.std_floor,
+            moments=moments,
+            **population,
         )
         rollout["advantages"] = advantages
-        if uses_sampling_logps:  # these advantages are estimates for the logs; the loss makes its own
-            rollout["teacher_per_token_logps"] = teacher_logps
-            clamped = clamp_scores(scores, mask, self.args.score_clip)
-            rollout["score_moments"] = population_moments(clamped, mask, **population)
 
         is_eos = torch.isin(rollout["completion_ids"], torch.tensor(self.eos_token_ids, device=mask.device))
         statistics = score_statistics(
@@ -448,11 +453,14 @@ class GNDPOTrainer(EvalTemperatureMixin, GRPOTrainer):
         if "teacher_per_token_logps" in inputs:
             mask = self._valid_tokens(inputs)
             self._raise_if_not_finite("student", logps, mask, inputs)
-            scores = clamp_scores(
-                token_scores(inputs["teacher_per_token_logps"], logps.detach(), mask), mask, self.args.score_clip
+            inputs["advantages"], _ = compute_advantages(
+                token_scores(inputs["teacher_per_token_logps"], logps, mask),
+                mask,
+                score_clip=self.args.score_clip,
+                normalization=self.args.advantage_normalization,
+                std_floor=self.args.std_floor,
+                moments=inputs["score_moments"],
             )
-            moments = inputs["score_moments"]
-            inputs["advantages"] = scores if moments is None else whiten(scores, mask, moments, self.args.std_floor)
         if self._is_sequence_token:
             mask = inputs["completion_mask"]
             if "tool_mask" in inputs:
