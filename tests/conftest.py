@@ -63,7 +63,7 @@ def image_dataset() -> Dataset:
 def make_config(tmp_path):
     """Configurations for runs of seconds on a CPU, in full precision."""
 
-    def make(**options) -> GNDPOConfig:
+    def make(config_class: type = GNDPOConfig, **options) -> GNDPOConfig:
         defaults = {
             "output_dir": str(tmp_path / "out"),
             "use_cpu": True,
@@ -80,7 +80,7 @@ def make_config(tmp_path):
             "disable_tqdm": True,
             "dataloader_pin_memory": False,
         }
-        return GNDPOConfig(**{**defaults, **options})
+        return config_class(**{**defaults, **options})
 
     return make
 

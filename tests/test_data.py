@@ -1,6 +1,5 @@
 """Image questions from their source to a training step: conversion, parquet, trainer, command line, bad input."""
 
-import importlib.util
 import json
 import os
 import re
@@ -9,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pandas as pd
+import prepare_geometry3k as script
 import pytest
 import tiny_models
 from datasets import Dataset, DatasetDict, enable_caching
@@ -38,17 +38,13 @@ def text(content: str) -> dict[str, str]:
     return {"type": "text", "text": content}
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("prepare_geometry3k", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["prepare_geometry3k"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
+@pytest.fixture(scope="module", autouse=True)
+def keep_caching():
+    yield
     enable_caching()  # the script disables it
 
 
-def run(script, *arguments: str) -> None:
+def run(*arguments: str) -> None:
     script.main(*TrlParser(script.PrepareArguments).parse_args_and_config(list(arguments)))
 
 
@@ -312,18 +308,18 @@ def other_columns(tmp_path) -> list[str]:
     return ["--dataset_name", str(tmp_path / "source"), "--output_dir", str(tmp_path / "out"), *mapping]
 
 
-def test_a_set_with_other_columns(script, other_columns, tmp_path, capsys):
-    run(script, *other_columns, "--splits", "testmini")
+def test_a_set_with_other_columns(other_columns, tmp_path, capsys):
+    run(*other_columns, "--splits", "testmini")
     assert "No prompt was measured" in capsys.readouterr().out
     splits = load_splits(str(tmp_path / "out"))
     assert splits.num_rows == {"testmini": 16} and splits["testmini"][0]["solution"] == "2"
     assert [part["type"] for part in splits["testmini"][0]["prompt"][0]["content"]] == ["image", "text"]
     with pytest.raises(ValueError, match="`output_dir` is .* not empty"):
-        run(script, *other_columns, "--splits", "testmini")
+        run(*other_columns, "--splits", "testmini")
 
 
-def test_a_test_split_from_the_command_line(script, other_columns, tmp_path):
-    run(script, *other_columns, "--splits", "testmini", "--test_size", "0.25")
+def test_a_test_split_from_the_command_line(other_columns, tmp_path):
+    run(*other_columns, "--splits", "testmini", "--test_size", "0.25")
     assert load_splits(str(tmp_path / "out")).num_rows == {"train": 12, "test": 4}
 
 
@@ -335,6 +331,6 @@ def test_a_test_split_from_the_command_line(script, other_columns, tmp_path):
         (["--columns", "question"], "`columns` has 'question'. Write `problem=NAME`"),
     ],
 )
-def test_bad_options_are_named(script, other_columns, options, message):
+def test_bad_options_are_named(other_columns, options, message):
     with pytest.raises(ValueError, match=message):
-        run(script, *other_columns, *options)
+        run(*other_columns, *options)

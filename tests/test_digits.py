@@ -5,16 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import digits_data
+import digits_models
 import numpy as np
 import pytest
 from datasets import load_from_disk
 
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "examples"))
-
-import digits_data  # noqa: E402
-import digits_models  # noqa: E402
 
 
 @pytest.fixture(scope="module")

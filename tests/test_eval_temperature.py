@@ -20,24 +20,10 @@ ALGORITHMS = {"gndpo": (GNDPOConfig, GNDPOTrainer), "gspo": (GSPOConfig, GSPOTra
 
 
 @pytest.fixture
-def make_config(tmp_path):
+def make_config(make_config):
     def make(algorithm: str, **options) -> GNDPOConfig | GSPOConfig:
-        defaults = {
-            "output_dir": str(tmp_path / "out"),
-            "use_cpu": True,
-            "bf16": False,
-            "gradient_checkpointing": False,
-            "per_device_train_batch_size": 4,
-            "per_device_eval_batch_size": 4,
-            "num_generations": 2,
-            "max_completion_length": 12,
-            "max_steps": 1,
-            "learning_rate": 1e-3,
-            "save_strategy": "no",
-            "report_to": "none",
-            "disable_tqdm": True,
-        }
-        return ALGORITHMS[algorithm][0](**{**defaults, **options})
+        defaults = {"per_device_eval_batch_size": 4, "max_completion_length": 12, "max_steps": 1}
+        return make_config(ALGORITHMS[algorithm][0], **{**defaults, **options})
 
     return make
 

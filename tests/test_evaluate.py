@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import evaluate as script
 import numpy as np
 import pytest
 import tiny_models
@@ -18,15 +19,6 @@ from trl import TrlParser
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "evaluate.py"
 SOLUTIONS = ["3", "3", "3", r"\frac{8}{2}", "3", "3", "4", "3"]
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("evaluate", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["evaluate"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def save_parrot(path: Path, *words: str) -> str:
@@ -92,7 +84,7 @@ def arguments(models: list[str], data: str, output_dir: Path, *options: str) -> 
     ]
 
 
-def run(script, *args, **kwargs) -> None:
+def run(*args, **kwargs) -> None:
     script.main(*TrlParser((script.EvaluationArguments,)).parse_args_and_config(arguments(*args, **kwargs)))
 
 
@@ -143,13 +135,11 @@ def test_checkpoints_compared_on_the_command_line(text_data, tmp_path):
 
 
 @pytest.mark.parametrize("family", ["qwen3", "internvl"])
-def test_batches_do_not_change_completions_or_their_order(
-    script, random_models, text_data, image_data, tmp_path, family
-):
+def test_batches_do_not_change_completions_or_their_order(random_models, text_data, image_data, tmp_path, family):
     data = text_data if family == "qwen3" else image_data
-    run(script, [random_models[family]], data, tmp_path / "one", "--batch_size", "1")
-    run(script, [random_models[family]], data, tmp_path / "four", "--batch_size", "4")
-    run(script, [random_models[family]], data, tmp_path / "first", "--max_samples", "3")
+    run([random_models[family]], data, tmp_path / "one", "--batch_size", "1")
+    run([random_models[family]], data, tmp_path / "four", "--batch_size", "4")
+    run([random_models[family]], data, tmp_path / "first", "--max_samples", "3")
     one, four, first = (read_lines(tmp_path / name / f"{family}.jsonl") for name in ("one", "four", "first"))
     assert one == four
     assert one[:3] == first
@@ -157,32 +147,32 @@ def test_batches_do_not_change_completions_or_their_order(
     assert {line["truncated"] for line in one} == {True, False}
 
 
-def test_images_reach_the_model(script, random_models, image_data, tmp_path):
+def test_images_reach_the_model(random_models, image_data, tmp_path):
     rows = DatasetDict.load_from_disk(image_data)["test"].to_list()
     for row in rows:
         row["images"] = [tiny_models.draw_image(5)] * len(row["images"])
     DatasetDict(test=Dataset.from_list(rows)).save_to_disk(tmp_path / "data")
-    run(script, [random_models["internvl"]], image_data, tmp_path / "before")
-    run(script, [random_models["internvl"]], str(tmp_path / "data"), tmp_path / "after")
+    run([random_models["internvl"]], image_data, tmp_path / "before")
+    run([random_models["internvl"]], str(tmp_path / "data"), tmp_path / "after")
     before, after = (read_lines(tmp_path / name / "internvl.jsonl") for name in ("before", "after"))
     assert [line["question"] for line in before] == [line["question"] for line in after]
     assert [line["completion"] for line in before] != [line["completion"] for line in after]
 
 
-def test_adapters_are_merged_into_their_base_model(script, checkpoints, text_data, tmp_path):
+def test_adapters_are_merged_into_their_base_model(checkpoints, text_data, tmp_path):
     base = checkpoints["qwen3-student"]
     torch.manual_seed(0)
     config = LoraConfig(r=8, lora_alpha=64, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
     adapted.save_pretrained(tmp_path / "adapter")
     merged = tiny_models.save(adapted.merge_and_unload(), AutoTokenizer.from_pretrained(base), tmp_path / "merged")
-    run(script, [base, str(tmp_path / "adapter"), merged], text_data, tmp_path / "results")
+    run([base, str(tmp_path / "adapter"), merged], text_data, tmp_path / "results")
     names = [Path(base).name, "adapter", "merged"]
     plain, adapter, merged = (read_lines(tmp_path / "results" / f"{name}.jsonl") for name in names)
     assert adapter == merged != plain
 
 
-def test_bootstrap_interval(script):
+def test_bootstrap_interval():
     generator = np.random.default_rng(0)
     small, large = ((generator.random(size) < 0.7).astype(float) for size in (200, 3200))
     for values in (small, large):
@@ -194,7 +184,7 @@ def test_bootstrap_interval(script):
     assert script.bootstrap_interval(small, 100, seed=1) == script.bootstrap_interval(small, 100, seed=1)
 
 
-def test_bootstrap_intervals_cover_the_true_rate(script):
+def test_bootstrap_intervals_cover_the_true_rate():
     generator = np.random.default_rng(0)
     intervals = [script.bootstrap_interval(1.0 * (generator.random(200) < 0.4), 500, seed) for seed in range(300)]
     assert 0.91 < np.mean([low <= 0.4 <= high for low, high in intervals]) < 0.98
@@ -208,7 +198,7 @@ def test_bootstrap_intervals_cover_the_true_rate(script):
         (["out", "runs/out"], ["out", "runs-out"]),
     ],
 )
-def test_names_tell_checkpoints_apart(script, paths, names):
+def test_names_tell_checkpoints_apart(paths, names):
     assert script.checkpoint_names(paths) == names
 
 
@@ -223,27 +213,27 @@ def test_names_tell_checkpoints_apart(script, paths, names):
         ({}, ["--model_name_or_path", "nowhere", "nowhere/"], "names a checkpoint twice"),
     ],
 )
-def test_bad_input_is_named_before_a_model_is_loaded(script, tmp_path, change, options, message):
+def test_bad_input_is_named_before_a_model_is_loaded(tmp_path, change, options, message):
     row = {"prompt": [{"role": "user", "content": "what?"}], "solution": "3", **change}
     row = {column: value for column, value in row.items() if value is not None}
     DatasetDict(test=Dataset.from_list([row])).save_to_disk(tmp_path / "data")
     with pytest.raises(ValueError, match=message):
-        run(script, ["nowhere"], str(tmp_path / "data"), tmp_path / "out", *options)
+        run(["nowhere"], str(tmp_path / "data"), tmp_path / "out", *options)
 
 
-def test_an_empty_split_is_named(script, text_data, tmp_path):
+def test_an_empty_split_is_named(text_data, tmp_path):
     Dataset.from_parquet(text_data).select([]).to_parquet(tmp_path / "test.parquet")
     with pytest.raises(ValueError, match='"test" corresponds to no data'):  # the message of `datasets`
-        run(script, ["nowhere"], str(tmp_path / "test.parquet"), tmp_path / "out")
+        run(["nowhere"], str(tmp_path / "test.parquet"), tmp_path / "out")
 
 
-def test_text_models_are_refused_for_images(script, checkpoints, image_data, tmp_path):
+def test_text_models_are_refused_for_images(checkpoints, image_data, tmp_path):
     models = [checkpoints["internvl-student"], checkpoints["qwen3-student"]]
     with pytest.raises(ValueError, match="qwen3-student is a text model"):
-        run(script, models, image_data, tmp_path)
+        run(models, image_data, tmp_path)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
-def test_vllm_has_to_be_installed(script, text_data, tmp_path):
+def test_vllm_has_to_be_installed(text_data, tmp_path):
     with pytest.raises(ImportError, match="`use_vllm` is set, but vLLM is not installed"):
-        run(script, ["nowhere"], text_data, tmp_path, "--use_vllm")
+        run(["nowhere"], text_data, tmp_path, "--use_vllm")

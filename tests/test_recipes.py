@@ -1,14 +1,13 @@
 """Every recipe: through the script's own parser, against the paper's constants, and for two steps on tiny models."""
 
-import importlib.util
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
 import tiny_models
+import train_gndpo as script
 import yaml
 from datasets import Dataset
 
@@ -65,15 +64,6 @@ ARM_KEYS = {
 
 
 @pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("train_gndpo", ROOT / "examples" / "train_gndpo.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_gndpo"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
 def datasets(tmp_path_factory) -> dict[bool, str]:
     """Folders with train.parquet and test.parquet, without and with images."""
     folders = {}
@@ -97,7 +87,7 @@ def read(recipe: str) -> dict:
     return yaml.safe_load((ROOT / "recipes" / recipe).read_text())
 
 
-def parse(script, recipe: str, *options: str) -> dict:
+def parse(recipe: str, *options: str) -> dict:
     """Fields of all the script's configurations; bf16 is as in the recipe, which only GPUs and `use_cpu` allow."""
     arguments = ["--config", str(ROOT / "recipes" / recipe), "--use_cpu", "True", *options]
     script_args, training_args, model_args = script.parse_arguments(arguments)
@@ -105,9 +95,9 @@ def parse(script, recipe: str, *options: str) -> dict:
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_every_key_is_a_field_and_keeps_its_value(script, recipe):
+def test_every_key_is_a_field_and_keeps_its_value(recipe):
     teacher = ["--teacher_model_name_or_path", "teacher"] if recipe.startswith("digits") else []
-    parsed = parse(script, recipe, *teacher)
+    parsed = parse(recipe, *teacher)
     for key, value in read(recipe).items():
         assert parsed[key] == ([] if key == "report_to" and value == "none" else value), key
     for name in read(recipe)["reward_funcs"]:
@@ -115,8 +105,8 @@ def test_every_key_is_a_field_and_keeps_its_value(script, recipe):
 
 
 @pytest.mark.parametrize("recipe", PAPER_RECIPES)
-def test_the_papers_constants(script, recipe):
-    parsed = parse(script, recipe)
+def test_the_papers_constants(recipe):
+    parsed = parse(recipe)
     _, size, name = Path(recipe).with_suffix("").parts
     assert {key: parsed[key] for key in PAPER_CONSTANTS} == PAPER_CONSTANTS
     assert {key: parsed[key] for key in ARMS[name]} == ARMS[name]
@@ -152,7 +142,7 @@ def test_the_launch_command_at_the_top_fits(recipe):
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_two_steps_on_tiny_models(script, checkpoints, datasets, tmp_path, monkeypatch, recipe):
+def test_two_steps_on_tiny_models(checkpoints, datasets, tmp_path, monkeypatch, recipe):
     monkeypatch.chdir(ROOT)  # the digits' reward is found from there
     values = read(recipe)
     family = FAMILIES[Path(recipe).parts[0]]

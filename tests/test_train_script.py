@@ -1,12 +1,12 @@
 """`examples/train_gndpo.py` from the command line: its algorithms, data sets of every kind, images, LoRA, resuming."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import train_gndpo as script
 from datasets import DatasetDict
 from transformers import AutoModelForCausalLM
 
@@ -30,15 +30,6 @@ report_to: none
 """
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("train_gndpo", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["train_gndpo"] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def command(checkpoints, tmp_path):
     """Arguments for a run on tiny models: recipe, student, teacher and output folder."""
@@ -56,7 +47,7 @@ def command(checkpoints, tmp_path):
     return build
 
 
-def run(script, arguments: list[str]) -> None:
+def run(arguments: list[str]) -> None:
     script.main(*script.parse_arguments(arguments))
 
 
@@ -82,7 +73,7 @@ def test_launched_with_accelerate(command, text_dataset, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["save_to_disk of one split", "parquet", "jsonl", "folder of parquet"])
-def test_data_sets_from_disk(script, command, text_dataset, tmp_path, kind):
+def test_data_sets_from_disk(command, text_dataset, tmp_path, kind):
     path = tmp_path / "data"
     if kind == "save_to_disk of one split":
         text_dataset.save_to_disk(path)
@@ -92,11 +83,11 @@ def test_data_sets_from_disk(script, command, text_dataset, tmp_path, kind):
     else:
         path = path.with_suffix(f".{kind}")
         text_dataset.to_parquet(path) if kind == "parquet" else text_dataset.to_json(path)
-    run(script, command(path))
+    run(command(path))
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-def test_images_and_rewards(script, command, image_dataset, tmp_path, monkeypatch):
+def test_images_and_rewards(command, image_dataset, tmp_path, monkeypatch):
     (tmp_path / "my_rewards.py").write_text(
         "def length(completion_ids, **kwargs):\n    return [1.0 * len(ids) for ids in completion_ids]\n"
     )
@@ -105,21 +96,21 @@ def test_images_and_rewards(script, command, image_dataset, tmp_path, monkeypatc
     image_dataset.save_to_disk(tmp_path / "data")
     suppress = json.dumps({"suppress_tokens": list(range(3, 11))})
     options = ["--generation_kwargs", suppress, "--reward_funcs", "my_rewards.length", "think_format_reward"]
-    run(script, command(tmp_path / "data", *options, family="internvl"))
+    run(command(tmp_path / "data", *options, family="internvl"))
     entry = log_history(tmp_path / "out", 2)[0]
     assert entry["rewards/length/mean"] > 0 and "rewards/think_format_reward/mean" in entry
 
 
-def test_lora(script, command, text_dataset, tmp_path):
+def test_lora(command, text_dataset, tmp_path):
     text_dataset.save_to_disk(tmp_path / "data")
-    run(script, command(tmp_path / "data", "--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj"))
+    run(command(tmp_path / "data", "--use_peft", "--lora_r", "4", "--lora_target_modules", "q_proj", "v_proj"))
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
 
 
-def test_resume_finds_the_last_checkpoint(script, command, text_dataset, tmp_path):
+def test_resume_finds_the_last_checkpoint(command, text_dataset, tmp_path):
     text_dataset.save_to_disk(tmp_path / "data")
-    run(script, command(tmp_path / "data"))
-    run(script, command(tmp_path / "data", "--max_steps", "4", "--resume_from_checkpoint", "true"))
+    run(command(tmp_path / "data"))
+    run(command(tmp_path / "data", "--max_steps", "4", "--resume_from_checkpoint", "true"))
     steps = [entry["step"] for entry in log_history(tmp_path / "out", 4) if "loss" in entry]
     assert steps == [1, 2, 3, 4]
 
@@ -132,13 +123,13 @@ def test_resume_finds_the_last_checkpoint(script, command, text_dataset, tmp_pat
         (["--reward_funcs", "accuracy"], r"`reward_funcs` names 'accuracy'.*accuracy_reward"),
     ],
 )
-def test_bad_input_is_named(script, command, text_dataset, tmp_path, options, message):
+def test_bad_input_is_named(command, text_dataset, tmp_path, options, message):
     DatasetDict(train=text_dataset).save_to_disk(tmp_path / "data")
     with pytest.raises(ValueError, match=message):
-        run(script, command(tmp_path / "data", *options))
+        run(command(tmp_path / "data", *options))
 
 
-def test_an_unknown_key_in_a_recipe_is_named(script, command, tmp_path):
+def test_an_unknown_key_in_a_recipe_is_named(command, tmp_path):
     arguments = command("nowhere")
     for key, message in [("score_clamp", "Did you mean `score_clip`"), ("zzz", "`zzz`, which is not a field.*Remove")]:
         (tmp_path / "recipe.yaml").write_text(RECIPE + f"{key}: 5.0\n")
@@ -149,19 +140,19 @@ def test_an_unknown_key_in_a_recipe_is_named(script, command, tmp_path):
         script.parse_arguments([*arguments, "--score_clamp", "5.0"])
 
 
-def test_models_and_data_must_be_given(script, tmp_path):
+def test_models_and_data_must_be_given(tmp_path):
     basics = ["--output_dir", str(tmp_path), "--use_cpu", "True", "--bf16", "False"]
     with pytest.raises(ValueError, match="`model_name_or_path` is not set"):
-        run(script, basics)
+        run(basics)
     with pytest.raises(ValueError, match="`dataset_name` is not set"):
-        run(script, [*basics, "--model_name_or_path", "somewhere"])
+        run([*basics, "--model_name_or_path", "somewhere"])
 
 
 # The algorithms
 
 
 @pytest.fixture
-def parse(script, tmp_path):
+def parse(tmp_path):
     def parse(*options: str, recipe: str = ""):
         (tmp_path / "recipe.yaml").write_text(RECIPE + recipe)
         return script.parse_arguments(
@@ -224,10 +215,10 @@ def test_settings_that_contradict_the_algorithm_are_refused(parse, options, reci
         parse(*options, recipe=recipe)
 
 
-def test_gspo_needs_a_model_that_reads_the_images(script, checkpoints, image_dataset, tmp_path):
+def test_gspo_needs_a_model_that_reads_the_images(checkpoints, image_dataset, tmp_path):
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     image_dataset.save_to_disk(tmp_path / "data")
     arguments = ["--config", str(tmp_path / "recipe.yaml"), "--output_dir", str(tmp_path / "out")]
     arguments += ["--model_name_or_path", checkpoints["qwen3-student"], "--dataset_name", str(tmp_path / "data")]
     with pytest.raises(ValueError, match="has the column 'images'.*no processor for images"):
-        run(script, [*arguments, "--reward_funcs", "think_format_reward"])
+        run([*arguments, "--reward_funcs", "think_format_reward"])
