@@ -17,7 +17,8 @@ from transformers import AutoModelForImageTextToText
 from trl.trainer.utils import add_fused_lm_head
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
-from gndpo_trl.advantages import clamp_scores, population_moments, token_scores, whiten
+from gndpo_trl.grpo.rollouts import valid_tokens
+from gndpo_trl.objective.advantages import clamp_scores, population_moments, token_scores, whiten
 
 
 DIGITS = Path(__file__).parents[1] / "runs" / "digits"
@@ -56,14 +57,15 @@ def main() -> None:
         )
         trainer.model.train()
         rollout = trainer._generate_and_score_completions([rows[index // 4] for index in range(completions)])
-        mask = trainer._valid_tokens(rollout)
+        mask = valid_tokens(rollout)
+        student_logps = trainer._per_token_logps(trainer.model, rollout)
         with torch.no_grad():
             teacher_logps = trainer.teacher.per_token_logps(rollout)
             sampling_logps = trainer._per_token_logps(sampler, rollout).float()
-        scores = clamp_scores(token_scores(teacher_logps, rollout["old_per_token_logps"], mask), mask, 5.0)
+        scores = clamp_scores(token_scores(teacher_logps, student_logps, mask), mask, 5.0)
         from_sampler = clamp_scores(token_scores(teacher_logps, sampling_logps, mask), mask, 5.0)
         moments = population_moments(from_sampler, mask)
-        noise = (sampling_logps - rollout["old_per_token_logps"])[mask].abs().max()
+        noise = (sampling_logps - student_logps)[mask].abs().max()
         throughout = (whiten(from_sampler, mask, moments) - rollout["advantages"]).abs().max()
         statistics = (whiten(scores, mask, moments) - rollout["advantages"]).abs().max()
         print(f"| {completions} | {mask.sum()} | {noise:.4f} | {throughout:.4f} | {statistics:.4f} |")

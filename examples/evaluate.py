@@ -26,8 +26,8 @@ from trl import TrlParser, prepare_multimodal_messages
 from trl.rewards import think_format_reward
 
 from gndpo_trl.data import get_split, load_splits
+from gndpo_trl.grpo.trl_hooks import create_model_from_path
 from gndpo_trl.rewards import check_answer
-from gndpo_trl.trl_hooks import create_model_from_path
 
 
 @dataclass

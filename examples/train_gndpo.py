@@ -32,8 +32,8 @@ from trl import ModelConfig, ScriptArguments, TrlParser, get_peft_config, get_qu
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
 from gndpo_trl.data import get_split, load_splits
+from gndpo_trl.grpo.launch import check_final_save
 from gndpo_trl.gspo import GSPOConfig, GSPOTrainer
-from gndpo_trl.launch import check_final_save
 
 
 ALGORITHMS = ("gndpo", "opd", "gspo")

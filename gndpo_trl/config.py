@@ -4,9 +4,8 @@ from typing import Any
 from transformers.trainer_utils import SchedulerType
 from trl import GRPOConfig
 
-from .advantages import ADVANTAGE_NORMALIZATIONS
-from .eval_temperature import EvalTemperatureConfig
-from .launch import check_ddp_backend, check_launch
+from .grpo.config import ExtendedGRPOConfig
+from .objective.advantages import ADVANTAGE_NORMALIZATIONS
 
 
 class _SingleGeneration(int):
@@ -17,7 +16,7 @@ class _SingleGeneration(int):
 
 
 @dataclass
-class GNDPOConfig(EvalTemperatureConfig):
+class GNDPOConfig(ExtendedGRPOConfig):
     r"""
     Configuration class for the [`GNDPOTrainer`].
 
@@ -152,15 +151,6 @@ class GNDPOConfig(EvalTemperatureConfig):
     )
 
     # Parameters that control scoring
-    scoring_token_budget: int | None = field(
-        default=None,
-        metadata={
-            "help": "Most tokens, padding included, in a forward pass that scores completions (of the teacher, the "
-            "student and the reference model). Completions of similar length share a forward pass; one that is longer "
-            "than the budget gets its own. If `None`, as many forward passes are made as there are micro-batches in "
-            "the loss, of the same size."
-        },
-    )
     use_sampling_logps: bool = field(
         default=False,
         metadata={
@@ -270,11 +260,6 @@ class GNDPOConfig(EvalTemperatureConfig):
                 f'`importance_sampling_level` is {self.importance_sampling_level!r}. Choose "sequence_token" or '
                 '"token".'
             )
-        if self.scoring_token_budget is not None and self.scoring_token_budget < 1:
-            raise ValueError(
-                f"`scoring_token_budget` is {self.scoring_token_budget}, but it is a number of tokens. Give a positive "
-                "one, or None for forward passes as large as those of the loss."
-            )
         if self.use_sampling_logps and self.vllm_importance_sampling_correction:
             raise ValueError(
                 "`use_sampling_logps` saves the student's scoring pass, and `vllm_importance_sampling_correction` needs "
@@ -285,7 +270,6 @@ class GNDPOConfig(EvalTemperatureConfig):
         single = self.num_generations == 1
         if single:
             self.num_generations = _SingleGeneration(1)
-        check_ddp_backend(self)
         super().__post_init__()
         if single:
             self.num_generations = 1
@@ -297,4 +281,3 @@ class GNDPOConfig(EvalTemperatureConfig):
                 f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}): later steps have to know the "
                 "log-probs of the student that sampled. Switch it off, or raise `gradient_accumulation_steps`."
             )
-        check_launch(self)

@@ -1,19 +1,15 @@
 """GSPO with verifiable rewards, the paper's baseline without a teacher: TRL's `GRPOTrainer` with its settings."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
-from transformers import PreTrainedModel
 from transformers.trainer_utils import SchedulerType
-from trl import GRPOTrainer
 
-from .eval_temperature import EvalTemperatureConfig, EvalTemperatureMixin
-from .launch import check_ddp_backend, check_launch
-from .trainer import check_images_are_read, keep_checkpoint_names
+from .grpo.config import ExtendedGRPOConfig
+from .grpo.trainer import ExtendedGRPOTrainer
 
 
 @dataclass
-class GSPOConfig(EvalTemperatureConfig):
+class GSPOConfig(ExtendedGRPOConfig):
     r"""
     Configuration class for the [`GSPOTrainer`].
 
@@ -25,6 +21,11 @@ class GSPOConfig(EvalTemperatureConfig):
             Temperature for sampling during evaluation. `None` uses `temperature`, as TRL does. `0.0` is greedy
             decoding, with one completion per prompt (`num_generations_eval=1`). Log-probs are computed at `temperature`
             all the same, so `eval_reverse_kl` then estimates no divergence.
+        scoring_token_budget (`int`, *optional*):
+            Most tokens, padding included, in a forward pass that scores completions (of the teacher, the student and
+            the reference model). Completions of similar length share a forward pass; one that is longer than the
+            budget gets its own. If `None`, as many forward passes are made as there are micro-batches in the loss, of
+            the same size.
         importance_sampling_level (`str`, *optional*, defaults to `"sequence"`):
             Level of the importance ratio. `"sequence"` is GSPO, `"token"` is GRPO.
         loss_type (`str`, *optional*, defaults to `"grpo"`):
@@ -64,29 +65,11 @@ class GSPOConfig(EvalTemperatureConfig):
         metadata={"help": "Weight decay of AdamW, see [`~transformers.TrainingArguments`]."},
     )
 
-    def __post_init__(self):
-        check_ddp_backend(self)
-        super().__post_init__()
-        check_launch(self)
 
-
-class GSPOTrainer(EvalTemperatureMixin, GRPOTrainer):
+class GSPOTrainer(ExtendedGRPOTrainer):
     """
-    [`~trl.GRPOTrainer`] for the comparison with [`GNDPOTrainer`]: the same validation, the same checks of the data, and
-    checkpoints under the same names.
+    [`~trl.GRPOTrainer`] for the comparison with [`GNDPOTrainer`], on the same floors: forward passes over real tokens,
+    checkpoints that a run goes on from exactly, the same validation, the same checks of the data.
 
-    Args:
-        model (`str` or [`~transformers.PreTrainedModel`]):
-            Model to train, as in [`~trl.GRPOTrainer`].
-        reward_funcs (`RewardFunc | list[RewardFunc]`):
-            Rewards to train for, as in [`~trl.GRPOTrainer`].
-        args ([`GSPOConfig`]):
-            Configuration for this trainer.
-
-        All other arguments, which are keywords here, are those of [`~trl.GRPOTrainer`].
+    All arguments are those of [`~trl.GRPOTrainer`]; `args` is a [`GSPOConfig`].
     """
-
-    def __init__(self, model: str | PreTrainedModel, reward_funcs: Any, args: GSPOConfig, **kwargs):
-        super().__init__(model=model, reward_funcs=reward_funcs, args=args, **kwargs)
-        check_images_are_read(self)
-        keep_checkpoint_names(self.model)

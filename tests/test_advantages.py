@@ -5,7 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gndpo_trl.advantages import VARIANCE_EPSILON, compute_advantages, merge_moments, row_moments, token_scores, whiten
+from gndpo_trl.objective.advantages import (
+    VARIANCE_EPSILON,
+    compute_advantages,
+    merge_moments,
+    row_moments,
+    token_scores,
+    whiten,
+)
 
 
 def random_scores(seed: int, rows: int = 6, length: int = 9) -> tuple[torch.Tensor, torch.Tensor]:

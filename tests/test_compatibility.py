@@ -5,7 +5,7 @@ import copy
 import pytest
 import tiny_models
 
-from gndpo_trl.compatibility import check_compatibility
+from gndpo_trl.teachers.compatibility import check_compatibility, describe
 
 
 END = 2  # <|im_end|>, the tiny tokenizers' end token
@@ -17,7 +17,11 @@ def check(student, teacher, stop_ids=(END,)):
         if processing_class is not None and model.generation_config.eos_token_id is None:
             tokenizer = getattr(processing_class, "tokenizer", processing_class)
             model.generation_config.eos_token_id = tokenizer.eos_token_id
-    check_compatibility(*student, stop_ids, *teacher)
+    descriptions = [describe(name, *side) for name, side in (("model", student), ("teacher_model", teacher))]
+    if stop_ids is not None:
+        descriptions[0].generation_config = copy.deepcopy(descriptions[0].generation_config)
+        descriptions[0].generation_config.eos_token_id = list(stop_ids)
+    check_compatibility(*descriptions)
 
 
 @pytest.mark.parametrize("family", tiny_models.BUILDERS)

@@ -2,7 +2,7 @@
 
 import torch
 
-from gndpo_trl.importance import MAX_LOG_RATIO, sequence_token_logps
+from gndpo_trl.objective.importance import MAX_LOG_RATIO, sequence_token_logps
 
 
 def clipped_loss(logps, old_logps, advantages, mask, epsilon):

@@ -1,5 +1,6 @@
 """Grouping and aligning rows as pure functions, on the layouts of every model family that GRPO supports."""
 
+import gc
 from itertools import combinations
 
 import pytest
@@ -9,12 +10,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gndpo_trl.microbatches import (
+from gndpo_trl.grpo.microbatches import (
     GROUP_SLACK,
     LeftAligned,
+    Regrouping,
     group_by_length,
     merge_batches,
-    regroup,
     select_rows,
 )
 
@@ -166,13 +167,39 @@ def test_regrouped_micro_batches_hold_the_same_rows_and_weigh_the_same():
     lengths = torch.tensor([3, 9, 1, 2, 30, 2, 8, 1])
     mask = (torch.arange(30) < lengths.unsqueeze(1)).int()
     whole = {"prompt_mask": torch.ones(8, 2, dtype=torch.int), "completion_mask": mask, "advantages": rows_of(8, 30)}
-    batches = regroup([select_rows(whole, [row, row + 1]) for row in range(0, 8, 2)])
-    assert len(batches) == 4
+    regrouping = Regrouping([select_rows(whole, [row, row + 1]) for row in range(0, 8, 2)])
+    batches = [regrouping[index] for index in range(4)]
     assert batches[0]["completion_mask"].sum() == 30, "the longest row is alone"
     rows = torch.cat([batch["advantages"] for batch in batches])
     assert sorted(rows[:, 0].tolist()) == whole["advantages"][:, 0].tolist()
     assert [batch["row_share"] * 2 for batch in batches] == [len(batch["advantages"]) for batch in batches]
     assert sum(batch["row_share"] for batch in batches) == 4
+    assert [batch["num_tokens"] for batch in batches] == [batch["completion_mask"].sum() for batch in batches]
+
+
+def test_regrouping_holds_no_image_twice_but_those_in_use():
+    rows = [1, 30, 2, 3]
+    mask = (torch.arange(30) < torch.tensor(rows).unsqueeze(1)).int()
+    images = torch.randn(8, 3, 16, 16)  # two for each row
+    whole = {"prompt_mask": torch.ones(4, 2, dtype=torch.int), "completion_mask": mask, "pixel_values": images}
+    whole["num_images"] = [2] * 4
+    batches = [select_rows(whole, [0, 1]), select_rows(whole, [2, 3])]
+    del images, whole
+
+    def num_images():
+        storages = {}
+        for tensor in (object for object in gc.get_objects() if isinstance(object, torch.Tensor)):
+            if tensor.shape[1:] == (3, 16, 16):
+                storages[tensor.untyped_storage().data_ptr()] = len(tensor)
+        return sum(storages.values())
+
+    regrouping = Regrouping(batches)
+    assert num_images() == 8
+    first = regrouping[0]
+    assert first["completion_mask"].sum() == 30 and num_images() == 8 + 2
+    del first
+    second = regrouping[1]
+    assert len(second["pixel_values"]) == num_images() - 8 == 6
 
 
 PROMPT_LENGTHS, COMPLETION_LENGTHS = [3, 1, 5, 2], [4, 7, 0, 1]  # 0: masked, as a truncated completion
@@ -193,8 +220,13 @@ def test_aligned_rows_hold_no_padding_that_could_go():
     rows = LeftAligned(attention_mask, logits_to_keep)
     ids, mask = rows.align(input_ids), rows.align(attention_mask)
     assert ids.shape == (4, 8), "one prompt token and seven of its completion"
+    labels = rows.mask_labels(ids)
     for row, length in enumerate([7, 8, 5, 3]):
         assert mask[row].tolist() == [1] * length + [0] * (8 - length)
+        prompt_length = PROMPT_LENGTHS[row]
+        assert (labels[row] == -100).tolist() == [True] * prompt_length + [False] * (length - prompt_length) + [
+            True
+        ] * (8 - length)
         assert ids[row, :length].tolist() == input_ids[row][attention_mask[row].bool()].tolist()
         assert not ids[row, length:].any()
 

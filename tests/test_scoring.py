@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from test_trainer import gradients, make_rollout, valid_tokens
+from test_trainer import gradients, make_rollout
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, Qwen3ForCausalLM
+
+from gndpo_trl.grpo.rollouts import valid_tokens
 
 
 LENGTHS = [24, 3, 2, 1, 2, 9, 1, 5]
@@ -148,9 +150,8 @@ def loss_advantages(trainer) -> dict[tuple[int, ...], torch.Tensor]:
     seen = {}
     adapt = trainer._adapt_loss_inputs
 
-    def watch(logps):
-        inputs = trainer._loss_inputs
-        logps = adapt(logps)
+    def watch(logps, inputs):
+        logps = adapt(logps, inputs)
         lengths = inputs["completion_mask"].sum(-1)
         for ids, length, row in zip(inputs["completion_ids"].tolist(), lengths, inputs["advantages"], strict=True):
             seen[tuple(ids[:length])] = row[:length]

@@ -15,8 +15,9 @@ from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from gndpo_trl import GNDPOTrainer
-from gndpo_trl.advantages import compute_advantages
-from gndpo_trl.trl_hooks import MULTIMODAL_KEYS
+from gndpo_trl.grpo.rollouts import valid_tokens
+from gndpo_trl.grpo.trl_hooks import MULTIMODAL_KEYS
+from gndpo_trl.objective.advantages import compute_advantages
 
 
 def make_rollout(trainer: GNDPOTrainer, count: int = 8) -> dict:
@@ -37,10 +38,6 @@ def plain_logps(model, rollout: dict) -> torch.Tensor:
         ).logits
     logps = logits[:, :-1].log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
     return logps[:, -rollout["completion_ids"].size(1) :]
-
-
-def valid_tokens(rollout: dict) -> torch.Tensor:
-    return rollout["completion_mask"].bool() & rollout.get("tool_mask", rollout["completion_mask"]).bool()
 
 
 def gradients(trainer: GNDPOTrainer) -> dict[str, torch.Tensor]:
@@ -70,7 +67,8 @@ def test_advantages_are_those_of_plain_forward_passes(make_trainer, checkpoints,
     student = auto_model.from_pretrained(checkpoints[f"{family}-student"])
     mask = valid_tokens(rollout)
     teacher_logps, student_logps = plain_logps(teacher, rollout), plain_logps(student, rollout)
-    torch.testing.assert_close(rollout["old_per_token_logps"][mask], student_logps[mask], rtol=0, atol=1e-5)
+    found = trainer._per_token_logps(trainer.model, rollout)
+    torch.testing.assert_close(found[mask], student_logps[mask], rtol=0, atol=1e-5)
     expected, _ = compute_advantages(teacher_logps - student_logps, mask)
     torch.testing.assert_close(rollout["advantages"], expected, rtol=0, atol=2e-4)
     assert rollout["advantages"].shape == rollout["completion_ids"].shape
@@ -177,9 +175,8 @@ def test_the_temperature_is_the_students_alone(make_trainer, checkpoints):
     torch.testing.assert_close(found[mask], plain_logps(teacher, rollout)[mask], rtol=0, atol=1e-5)
     student = Qwen3ForCausalLM.from_pretrained(checkpoints["qwen3-student"])
     student.lm_head.weight.data.mul_(2)  # dividing the logits by 0.5
-    torch.testing.assert_close(
-        rollout["old_per_token_logps"][mask], plain_logps(student, rollout)[mask], rtol=0, atol=1e-5
-    )
+    found = trainer._per_token_logps(trainer.model, rollout)
+    torch.testing.assert_close(found[mask], plain_logps(student, rollout)[mask], rtol=0, atol=1e-5)
 
 
 def test_training_brings_the_student_to_its_teacher(make_trainer):
@@ -299,10 +296,10 @@ def test_tool_tokens_stay_out_of_the_statistics(make_trainer, text_dataset, chec
 def test_what_vllm_correction_drops_stays_out_of_the_statistics():
     """By row and by token, as TRL's `sequence_mask` and `token_mask` mark it in a rollout."""
     rollout = {"completion_mask": torch.tensor([[1, 1, 0], [1, 1, 1]])}
-    by_row = GNDPOTrainer._valid_tokens({**rollout, "importance_sampling_ratio": torch.tensor([[0.0], [1.1]])})
+    by_row = valid_tokens({**rollout, "importance_sampling_ratio": torch.tensor([[0.0], [1.1]])})
     assert by_row.tolist() == [[False, False, False], [True, True, True]]
     ratio = torch.tensor([[1.0, 0.0, 1.0], [0.9, 1.0, 0.0]])
-    by_token = GNDPOTrainer._valid_tokens({**rollout, "importance_sampling_ratio": ratio})
+    by_token = valid_tokens({**rollout, "importance_sampling_ratio": ratio})
     assert by_token.tolist() == [[True, False, False], [True, True, False]]
 
 
@@ -388,6 +385,7 @@ TEACHER_METRICS = [
     "reverse_kl",
     "reverse_kl_k3",
     "teacher/mean_logp",
+    "teacher/unknown_tokens",
     "student/mean_logp",
     "advantages/std",
     "advantages/num_tokens",
@@ -428,7 +426,8 @@ def test_without_rewards_the_reward_is_the_teachers(make_trainer, caplog, capsys
     trainer = make_trainer(per_device_train_batch_size=8, log_completions=True, max_steps=1)
     rollout = make_rollout(trainer)
     mask = valid_tokens(rollout)
-    scores = (trainer.teacher.per_token_logps(rollout) - rollout["old_per_token_logps"]) * mask
+    student_logps = trainer._per_token_logps(trainer.model, rollout)
+    scores = (trainer.teacher.per_token_logps(rollout) - student_logps) * mask
     mean_scores = scores.sum(1) / mask.sum(1)
     metrics = trainer._metrics["train"]
     assert metrics["reward"] == [pytest.approx(mean_scores.mean().item(), abs=1e-6)]
@@ -508,7 +507,7 @@ def test_a_teacher_is_required_once(make_trainer, make_config, checkpoints, text
     loaded = Qwen3ForCausalLM.from_pretrained(checkpoints["qwen3-teacher"])
     with pytest.raises(ValueError, match="`teacher_model_init_kwargs` is set, but `teacher_model` is already loaded"):
         make_trainer(teacher_model=loaded, teacher_model_init_kwargs={"dtype": "float32"})
-    with pytest.raises(ValueError, match="same object"):
+    with pytest.raises(ValueError, match="shares .* parameters with `model`.*Load the teacher separately"):
         make_trainer(model=loaded, teacher_model=loaded)
 
 

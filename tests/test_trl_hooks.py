@@ -9,7 +9,8 @@ import trl
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
-from gndpo_trl import GNDPOTrainer, trl_hooks
+from gndpo_trl import GNDPOTrainer
+from gndpo_trl.grpo import trl_hooks
 
 
 def test_overridden_methods_exist_with_the_expected_parameters():

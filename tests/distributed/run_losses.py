@@ -16,7 +16,7 @@ from transformers import AutoProcessor
 from trl.trainer.utils import split_pixel_values_by_grid
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
-from gndpo_trl.trl_hooks import ROW_MEAN_LOSSES, TOKEN_SUM_LOSSES
+from gndpo_trl.grpo.trl_hooks import ROW_MEAN_LOSSES, TOKEN_SUM_LOSSES
 
 
 # Cases beside the losses' own: with a reference model, with an entropy bonus (TRL's micro-batches then stay), and with

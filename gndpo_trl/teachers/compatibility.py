@@ -4,12 +4,24 @@ The teacher reads the student's own token ids and image tensors, so an id must m
 image must become the same tensors and placeholders for both. Sizes of padded vocabularies need not agree.
 """
 
+import os
 import warnings
-from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from PIL import Image
-from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import (
+    AutoConfig,
+    AutoProcessor,
+    BaseImageProcessor,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+
+from ..grpo.trl_hooks import get_config_model_id
 
 
 ProcessingClass = PreTrainedTokenizerBase | ProcessorMixin
@@ -25,55 +37,129 @@ PIXEL_TOLERANCE = 0.1
 PROBE_SIZES = ((96, 64), (1344, 896))
 
 
-def check_compatibility(
-    student: PreTrainedModel,
-    student_processing_class: ProcessingClass,
-    student_stop_ids: Iterable[int],
-    teacher: PreTrainedModel,
-    teacher_processing_class: ProcessingClass | None,
-) -> None:
+# A folder with a tokenizer has at least one of these.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+@dataclass
+class ModelDescription:
+    """
+    What can be known of a model without its weights.
+
+    Attributes:
+        name (`str`): Name of its class.
+        config ([`~transformers.PreTrainedConfig`]): Its configuration.
+        generation_config ([`~transformers.GenerationConfig`] or `None`): Its generation configuration.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`] or `None`): Its
+            tokenizer or processor; `None` if unknown.
+    """
+
+    name: str
+    config: PreTrainedConfig
+    generation_config: GenerationConfig | None
+    processing_class: ProcessingClass | None
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        is_processor = isinstance(self.processing_class, ProcessorMixin)
+        return self.processing_class.tokenizer if is_processor else self.processing_class
+
+    @property
+    def stop_ids(self) -> set[int]:
+        """Token ids that end its turn: those of its generation configuration, and its tokenizer's."""
+        ids = self.generation_config.eos_token_id if self.generation_config is not None else None
+        return ({*(ids if isinstance(ids, list) else [ids])} | {self.tokenizer.eos_token_id}) - {None}
+
+
+def describe(
+    field: str,
+    model: str | PreTrainedModel,
+    processing_class: ProcessingClass | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> ModelDescription:
+    """
+    Describe a model, loaded or not.
+
+    Args:
+        field (`str`): The argument that the model was passed as, for error messages.
+        model (`str` or [`~transformers.PreTrainedModel`]): Path, model id or loaded model.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
+            Its tokenizer or processor. If `None`, it is loaded from where the model comes from; of a loaded model that
+            does not say where, or that is no longer there, it stays unknown.
+        revision (`str`, *optional*): Revision on the Hub.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Whether to run code from the Hub.
+
+    Raises:
+        `ValueError`: if there is no model at the path, or no tokenizer beside it.
+    """
+    if not isinstance(model, str):
+        if processing_class is None and (origin := get_config_model_id(model.config)):
+            try:
+                processing_class = AutoProcessor.from_pretrained(origin, trust_remote_code=trust_remote_code)
+            except OSError:
+                pass  # unknown, which `check_compatibility` warns about
+        return ModelDescription(type(model).__name__, model.config, model.generation_config, processing_class)
+
+    options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(model, **options)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`{field}` is {model!r}, but no model can be found there ({str(error).splitlines()[0]}). Give the folder of "
+            "a saved model (one with a `config.json`), or an id on the Hub that this machine can reach."
+        ) from error
+    try:
+        generation_config = GenerationConfig.from_pretrained(model, **options)
+    except OSError:
+        generation_config = GenerationConfig.from_model_config(config)
+    if processing_class is None:
+        if os.path.isdir(model) and not any(os.path.exists(os.path.join(model, name)) for name in TOKENIZER_FILES):
+            raise ValueError(
+                f"`{field}` is {model!r}, a folder without a tokenizer: it has none of {', '.join(TOKENIZER_FILES)}. "
+                "Save the tokenizer or processor beside the model, or pass it to the trainer "
+                "(`teacher_processing_class` for the teacher, `processing_class` for the student)."
+            )
+        processing_class = AutoProcessor.from_pretrained(model, **options)
+    return ModelDescription(
+        (config.architectures or [type(config).__name__])[0], config, generation_config, processing_class
+    )
+
+
+def check_compatibility(student: ModelDescription, teacher: ModelDescription) -> None:
     """
     Raise if the teacher cannot score the student's rollouts, warn where it can but the run will suffer.
 
     Args:
-        student ([`~transformers.PreTrainedModel`]): Student.
-        student_processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]): Its
-            tokenizer or processor.
-        student_stop_ids (`Iterable[int]`): Token ids that end a completion while sampling.
-        teacher ([`~transformers.PreTrainedModel`]): Teacher.
-        teacher_processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`] or `None`):
-            The teacher's; `None` if unknown, which is warned about.
+        student ([`ModelDescription`]): Student.
+        teacher ([`ModelDescription`]): Teacher. An unknown processing class is warned about.
 
     Raises:
         `ValueError`: if a token id means different tokens, if an image-text student has a text-only teacher, or if
             the two prepare images differently.
     """
-    is_vlm = isinstance(student_processing_class, ProcessorMixin)
+    if student.processing_class is None:
+        return  # TRL refuses the student
+    is_vlm = isinstance(student.processing_class, ProcessorMixin)
     if is_vlm and teacher.config.get_text_config() is teacher.config:
         raise ValueError(
-            f"The student ({type(student).__name__}) reads images, but the teacher ({type(teacher).__name__}) is "
-            "text-only and cannot score what the student says about them. Choose an image-text teacher as "
-            "`teacher_model`, or pass a tokenizer as `processing_class` to train the student on text alone."
+            f"The student ({student.name}) reads images, but the teacher ({teacher.name}) is text-only and cannot score "
+            "what the student says about them. Choose an image-text teacher as `teacher_model`, or pass a tokenizer as "
+            "`processing_class` to train the student on text alone."
         )
-    if teacher_processing_class is None:
+    if teacher.processing_class is None:
         warnings.warn(
             "The teacher's tokenizer is unknown, because `teacher_model` is a loaded model that does not say where it "
-            "came from: whether its token ids mean the same as the student's is NOT checked. Pass "
-            "`teacher_processing_class` to have it checked.",
+            "came from, or that is no longer there: whether its token ids mean the same as the student's is NOT "
+            "checked. Pass `teacher_processing_class` to have it checked.",
             stacklevel=2,
         )
         return
-    student_tokenizer = get_tokenizer(student_processing_class)
-    teacher_tokenizer = get_tokenizer(teacher_processing_class)
-    check_vocabularies(student_tokenizer, teacher_tokenizer)
+    check_vocabularies(student.tokenizer, teacher.tokenizer)
     if is_vlm:
-        check_images(student, student_processing_class, teacher, teacher_processing_class)
-    warn_on_special_tokens(student_tokenizer, set(student_stop_ids), teacher, teacher_tokenizer)
-    warn_on_chat_template(student_tokenizer, teacher_tokenizer)
-
-
-def get_tokenizer(processing_class: ProcessingClass) -> PreTrainedTokenizerBase:
-    return processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+        check_images(student, teacher)
+    warn_on_special_tokens(student, teacher)
+    warn_on_chat_template(student.tokenizer, teacher.tokenizer)
 
 
 def check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
@@ -94,10 +180,9 @@ def check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedToke
         )
 
 
-def check_images(
-    student: PreTrainedModel, student_processor: ProcessorMixin, teacher: PreTrainedModel, teacher_processor: object
-) -> None:
+def check_images(student: ModelDescription, teacher: ModelDescription) -> None:
     """Raise `ValueError` if the two processors turn an image into other tensors or another number of tokens."""
+    student_processor, teacher_processor = student.processing_class, teacher.processing_class
     if not hasattr(teacher_processor, "image_processor"):
         raise ValueError(
             f"The student reads images, but the teacher's processing class ({type(teacher_processor).__name__}) has "
@@ -164,16 +249,10 @@ def count_image_tokens(
     return list(inputs["input_ids"][0]).count(image_token_id)
 
 
-def warn_on_special_tokens(
-    student_tokenizer: PreTrainedTokenizerBase,
-    student_stop_ids: set[int],
-    teacher: PreTrainedModel,
-    teacher_tokenizer: PreTrainedTokenizerBase,
-) -> None:
+def warn_on_special_tokens(student: ModelDescription, teacher: ModelDescription) -> None:
     """Warn, saying what will happen, if the teacher ends its turns with other tokens, or pads with another one."""
-    generation_eos = teacher.generation_config.eos_token_id if teacher.generation_config is not None else None
-    teacher_stop_ids = set(generation_eos if isinstance(generation_eos, list) else [generation_eos])
-    teacher_stop_ids = (teacher_stop_ids | {teacher_tokenizer.eos_token_id}) - {None}
+    student_tokenizer, teacher_tokenizer = student.tokenizer, teacher.tokenizer
+    student_stop_ids, teacher_stop_ids = student.stop_ids, teacher.stop_ids
 
     def named(ids: set[int]) -> str:
         return ", ".join(f"{id} ({student_tokenizer.convert_ids_to_tokens(id)!r})" for id in sorted(ids))
@@ -197,6 +276,7 @@ def warn_on_special_tokens(
             stacklevel=3,
         )
     student_pad, teacher_pad = student_tokenizer.pad_token_id, teacher_tokenizer.pad_token_id
+    student_pad = student_tokenizer.eos_token_id if student_pad is None else student_pad  # TRL's rule
     if teacher_pad is not None and teacher_pad != student_pad:
         warnings.warn(
             f"PAD MISMATCH: the student pads with {named({student_pad})} and the teacher with {named({teacher_pad})}. "

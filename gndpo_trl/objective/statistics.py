@@ -2,7 +2,7 @@
 
 import torch
 
-from .advantages import merge_moments, row_moments
+from .advantages import as_float64, merge_moments, row_moments
 
 
 def score_statistics(
@@ -12,6 +12,7 @@ def score_statistics(
     advantages: torch.Tensor,
     undefined: torch.Tensor,
     is_eos: torch.Tensor,
+    unknown: torch.Tensor,
     mask: torch.Tensor,
     score_clip: float | None,
 ) -> torch.Tensor:
@@ -25,35 +26,35 @@ def score_statistics(
         advantages (`torch.Tensor` of shape `(B, T)`): Advantages that enter the loss.
         undefined (`torch.Tensor` of shape `(B,)`): Completions without defined statistics.
         is_eos (`torch.Tensor` of shape `(B, T)`): True where the token ends a completion.
+        unknown (`torch.Tensor` of shape `(B, T)`): True on the tokens whose log-prob the teacher does not know; none of
+            them is valid.
         mask (`torch.Tensor` of shape `(B, T)`): Nonzero on valid tokens.
         score_clip (`float` or `None`): Bound of the clamp, in nats.
 
     Returns:
-        `torch.Tensor` of shape `(16,)` and dtype float64, to be stacked over ranks for [`score_metrics`].
+        `torch.Tensor` of shape `(17,)` and dtype float64, to be stacked over ranks for [`score_metrics`].
     """
     valid = mask != 0
-    raw = scores[valid].double()
+    raw = as_float64(scores[valid])
     clip = float("inf") if score_clip is None else score_clip
-    on_eos = scores[valid & is_eos].double()
+    on_eos = as_float64(scores[valid & is_eos])
     extremes = raw if raw.numel() else raw.new_tensor([float("nan")])
+    sums = [
+        (raw < -clip).sum(),
+        (raw > clip).sum(),
+        (raw.expm1() - raw).sum(),
+        as_float64(teacher_logps[valid]).sum(),
+        as_float64(student_logps[valid]).sum(),
+        raw.new_tensor(on_eos.numel()),
+        on_eos.sum(),
+        undefined.sum().to(raw.device),
+        unknown.sum().to(raw.device),
+    ]
     return torch.cat(
         [
             merge_moments(row_moments(scores, mask)),
             merge_moments(row_moments(advantages, mask)),
-            torch.stack(
-                [
-                    extremes.min(),
-                    extremes.max(),
-                    (raw < -clip).sum().double(),
-                    (raw > clip).sum().double(),
-                    (raw.expm1() - raw).sum(),
-                    teacher_logps[valid].double().sum(),
-                    student_logps[valid].double().sum(),
-                    torch.tensor(on_eos.numel(), dtype=torch.float64, device=raw.device),
-                    on_eos.sum(),
-                    undefined.sum().double(),
-                ]
-            ),
+            torch.stack([extremes.min(), extremes.max(), *(value.double() for value in sums)]),
         ]
     )
 
@@ -67,7 +68,7 @@ def score_metrics(statistics: torch.Tensor) -> dict[str, float]:
     close. Both are averages per token, in nats.
 
     Args:
-        statistics (`torch.Tensor` of shape `(R, 16)`): One row of [`score_statistics`] for each of the `R` ranks.
+        statistics (`torch.Tensor` of shape `(R, 17)`): One row of [`score_statistics`] for each of the `R` ranks.
 
     Returns:
         `dict[str, float]`: NaN where no token could be averaged; TRL leaves NaN out of what it logs.
@@ -76,7 +77,8 @@ def score_metrics(statistics: torch.Tensor) -> dict[str, float]:
     count, total, centred = merge_moments(statistics[:, 0:3])
     advantage_count, _, advantage_centred = merge_moments(statistics[:, 3:6])
     lows, highs = statistics[:, 6], statistics[:, 7]
-    clamped_low, clamped_high, k3, teacher, student, eos_count, eos_total, undefined = statistics[:, 8:].sum(0)
+    sums = statistics[:, 8:].sum(0)
+    clamped_low, clamped_high, k3, teacher, student, eos_count, eos_total, undefined, unknown = sums
 
     def mean(numerator: torch.Tensor, denominator: torch.Tensor) -> torch.Tensor:
         return torch.where(denominator > 0, numerator / denominator, nan)
@@ -92,6 +94,7 @@ def score_metrics(statistics: torch.Tensor) -> dict[str, float]:
         "reverse_kl": -mean(total, count),
         "reverse_kl_k3": mean(k3, count),
         "teacher/mean_logp": mean(teacher, count),
+        "teacher/unknown_tokens": unknown,
         "student/mean_logp": mean(student, count),
         "advantages/std": mean(advantage_centred, advantage_count - 1).sqrt(),
         "advantages/num_tokens": count,

@@ -115,20 +115,51 @@ def merge_batches(batches: list[dict[str, Any]]) -> dict[str, Any]:
     return merged
 
 
-def regroup(
-    batches: list[dict[str, Any]], gather: Callable[[torch.Tensor], torch.Tensor] = lambda lengths: lengths
-) -> list[dict[str, Any]]:
+class Regrouping:
     """
     The rows of equally large micro-batches in as many micro-batches of rows of similar length, see [`group_by_length`].
 
-    Each one gets `row_share`, its number of rows relative to what it was, which is what its mean over rows has to be
-    multiplied with for the sum over all micro-batches to stay the same.
+    A micro-batch is put together when it is asked for, so that no image is held twice but those of the one in use.
+
+    Args:
+        batches (`list[dict]`): Micro-batches of one generation batch, as TRL splits it.
+        gather (`Callable`, *optional*): See [`group_by_length`]. It also receives `(1, K)` numbers of tokens of the `K`
+            micro-batches.
     """
-    merged = merge_batches(batches)
-    lengths = merged["prompt_mask"].sum(-1) + merged["completion_mask"].sum(-1)
-    rows_before = len(lengths) // len(batches)
-    groups = group_by_length(lengths, num_groups=len(batches), gather=gather)
-    return [{**select_rows(merged, rows), "row_share": len(rows) / rows_before} for rows in groups]
+
+    def __init__(
+        self,
+        batches: list[dict[str, Any]],
+        gather: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
+    ):
+        self.batches = batches
+        self.rows_before = len(batches[0]["prompt_mask"])
+        lengths = torch.cat([batch["prompt_mask"].sum(-1) + batch["completion_mask"].sum(-1) for batch in batches])
+        self.groups = group_by_length(lengths, num_groups=len(batches), gather=gather)
+        tokens = torch.cat([loss_mask(batch).sum(-1) for batch in batches])
+        of_this_rank = torch.stack([tokens[rows].sum() for rows in self.groups])
+        self.num_tokens = gather(of_this_rank.unsqueeze(0)).sum(0).tolist()
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """
+        Micro-batch `index`, and what its mean over rows or tokens has to be weighted with for sums over all micro-batches
+        to stay the same: `num_rows` of this rank, `num_tokens` of all ranks, and `row_share`, the rows relative to what
+        they were.
+        """
+        parts = []
+        for number, batch in enumerate(self.batches):
+            rows = [row % self.rows_before for row in self.groups[index] if row // self.rows_before == number]
+            if rows:
+                parts.append(select_rows(batch, rows))
+        num_rows = len(self.groups[index])
+        weights = {"num_rows": num_rows, "num_tokens": self.num_tokens[index]}
+        return {**merge_batches(parts), **weights, "row_share": num_rows / self.rows_before}
+
+
+def loss_mask(batch: dict[str, Any]) -> torch.Tensor:
+    """`(B, T)` mask that TRL's loss uses: completion tokens, less those that came from a tool."""
+    mask = batch["completion_mask"]
+    return mask * batch["tool_mask"] if "tool_mask" in batch else mask
 
 
 def select_rows(batch: dict[str, Any], rows: list[int]) -> dict[str, Any]:
@@ -170,6 +201,13 @@ class LeftAligned:
         scored = (prompt_lengths - shortest_prompt).unsqueeze(1) + torch.arange(logits_to_keep, device=device)
         self.scored_columns = scored.clamp(max=self.logits_to_keep - 1)
         self.is_padding = torch.arange(logits_to_keep, device=device) >= completion_lengths.unsqueeze(1)
+        aligned = torch.arange(width, device=device)
+        ends = prompt_lengths + completion_lengths
+        self.is_completion = (aligned >= prompt_lengths.unsqueeze(1)) & (aligned < ends.unsqueeze(1))
+
+    def mask_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Aligned labels, ignored (-100) outside the completions, so that the LM head projects nothing else."""
+        return labels.masked_fill(~self.is_completion, -100)
 
     def align(self, values: torch.Tensor) -> torch.Tensor:
         """`(B, P + T)` values per token, moved to the left edge."""

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 
 import torch
 import trl.trainer.utils
+from transformers.trainer import TRAINER_STATE_NAME
 from trl.models import prepare_deepspeed, prepare_fsdp
-from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import (
     add_fused_lm_head,
     create_model_from_path,
@@ -26,10 +26,11 @@ __all__ = [
     "OVERRIDDEN_METHODS",
     "REWARD_METRICS",
     "ROW_MEAN_LOSSES",
+    "ROW_METRICS",
+    "TRAINER_STATE_NAME",
     "TOKEN_SUM_LOSSES",
     "add_fused_lm_head",
     "create_model_from_path",
-    "disable_gradient_checkpointing",
     "get_config_model_id",
     "nanstd",
     "prepare_deepspeed",
@@ -39,7 +40,7 @@ __all__ = [
     "unsplit_pixel_values_by_grid",
 ]
 
-# Methods of `GRPOTrainer` that `GNDPOTrainer` overrides, calling `super()`.
+# Methods of `GRPOTrainer` that the mixins of this folder and `GNDPOTrainer` override, calling `super()`.
 OVERRIDDEN_METHODS = {
     # Called before every micro-batch; fills `_buffered_inputs` with a new list of `steps_per_generation` micro-batches
     # when it has generated.
@@ -51,10 +52,12 @@ OVERRIDDEN_METHODS = {
     # Reads `old_per_token_logps` from `inputs` only after the forward pass.
     "_compute_loss": ("self", "model", "inputs"),
     # Scores completions through the fused LM head; the one place where log-probs are computed, with `batch_size` for a
-    # whole rollout and without it for a micro-batch of the loss.
+    # whole rollout and without it for a micro-batch of the loss. Does nothing with the model but to call it.
     "_get_per_token_logps_and_entropies": None,
     # Writes a checkpoint; the generation batch in progress, `_buffered_inputs` at `_step`, is not part of it.
     "_save_checkpoint": ("self", "model", "trial"),
+    # Called on all ranks for a checkpoint that can be resumed, before the main one writes `trainer_state.json`.
+    "_save_rng_state": ("self", "output_dir"),
     # Called once when a run resumes, before the first micro-batch.
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
 }
@@ -63,6 +66,7 @@ OVERRIDDEN_METHODS = {
 ATTRIBUTES = (
     "_buffered_inputs",
     "_entropy_bonus_enabled",
+    "_get_output_dir",
     "_logs",
     "_metrics",
     "_step",
@@ -77,7 +81,10 @@ ATTRIBUTES = (
     "loss_type",
     "num_iterations",
     "pad_to_multiple_of",
+    "reward_func_names",
     "reward_funcs",
+    "reward_processing_classes",
+    "reward_weights",
     "rollout_func",
     "top_entropy_quantile",
     "use_vllm",
@@ -106,6 +113,12 @@ MULTIMODAL_KEYS = (
 # Metrics that TRL appends to `trainer._metrics[mode]` once for every generation batch, and that describe rewards.
 # `trainer._logs["rewards"][name]` and `trainer._logs["advantages"]` have one entry for each completion of all ranks.
 REWARD_METRICS = ("reward", "reward_std", "frac_reward_zero_std")
+
+
+# Metrics that `_compute_loss` appends once for every micro-batch and that average over its rows. All others average over
+# its tokens (those of clipping over rows where the importance ratio is one for a row), and are sums over ranks divided by
+# sums over ranks; names in `_min` and `_max` are extremes.
+ROW_METRICS = ("vespo/phi_seq_mean",)
 
 
 @contextmanager

@@ -7,7 +7,8 @@ anything, NaN and infinities included.
 A population of scores is summarised by its *moments*, a float64 tensor whose last dimension is
 `(count, sum, centred sum of squares)`. Moments of parts merge exactly into moments of the whole (Chan, Golub and
 LeVeque, 1979), so that whitening over all ranks moves three numbers per rank and never the tokens, and float64 keeps
-the variance right even where it is tiny beside the mean.
+the variance right even where it is tiny beside the mean. Devices without float64 (MPS) have the CPU compute it: scores
+are small beside everything else in a step.
 """
 
 from collections.abc import Callable
@@ -19,6 +20,13 @@ ADVANTAGE_NORMALIZATIONS = ("global", "none", "group", "sequence")
 
 # Added to the variance under the square root, as in the reference.
 VARIANCE_EPSILON = 1e-8
+
+DEVICES_WITHOUT_FLOAT64 = ("mps",)
+
+
+def as_float64(values: torch.Tensor) -> torch.Tensor:
+    """The values in float64, on their own device if it has that dtype, else on the CPU."""
+    return (values.cpu() if values.device.type in DEVICES_WITHOUT_FLOAT64 else values).double()
 
 
 def token_scores(teacher_logps: torch.Tensor, old_logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -41,10 +49,11 @@ def row_moments(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     Moments of each completion's valid scores.
 
     Returns:
-        `torch.Tensor` of shape `(B, 3)` and dtype float64: count, sum and centred sum of squares of every row.
+        `torch.Tensor` of shape `(B, 3)` and dtype float64: count, sum and centred sum of squares of every row. On the
+        device of `scores`, or on the CPU if that has no float64.
     """
-    valid = mask != 0
-    values = scores.masked_fill(~valid, 0.0).double()
+    values = as_float64(scores.masked_fill(mask == 0, 0.0))
+    valid = (mask != 0).to(values.device)
     count = valid.sum(-1).double()
     total = values.sum(-1)
     mean = total / count.clamp(min=1)
@@ -87,8 +96,8 @@ def whiten(scores: torch.Tensor, mask: torch.Tensor, moments: torch.Tensor, std_
     count, total, centred = moments.unsqueeze(-2).unbind(-1)  # each (1,) or (B, 1)
     mean = total / count.clamp(min=1)
     std = (centred / (count - 1).clamp(min=1) + VARIANCE_EPSILON).sqrt().clamp(min=std_floor)
-    advantages = (scores.double() - mean) / std
-    return advantages.masked_fill((mask == 0) | (count < 2), 0.0).to(scores.dtype)
+    advantages = ((as_float64(scores) - mean) / std).masked_fill(count < 2, 0.0)
+    return advantages.to(scores).masked_fill(mask == 0, 0.0)
 
 
 def clamp_scores(scores: torch.Tensor, mask: torch.Tensor, score_clip: float | None) -> torch.Tensor:
@@ -124,6 +133,26 @@ def population_moments(
         start = process_index * len(rows)
         return groups.repeat_interleave(num_generations, dim=0)[start : start + len(rows)]
     return rows
+
+
+def normalize(
+    scores: torch.Tensor, mask: torch.Tensor, moments: torch.Tensor | None, std_floor: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Advantages of clamped scores, given the moments of the population that each completion is compared with.
+
+    Args:
+        scores (`torch.Tensor` of shape `(B, T)`): Result of [`clamp_scores`].
+        mask (`torch.Tensor` of shape `(B, T)`): Nonzero on valid tokens.
+        moments (`torch.Tensor` of shape `(B, 3)` or `None`): Result of [`population_moments`].
+        std_floor (`float`, *optional*, defaults to `0.0`): See [`whiten`].
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: as [`compute_advantages`].
+    """
+    if moments is None:  # "none" has no population
+        return scores, torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    return whiten(scores, mask, moments, std_floor), (moments[:, 0] < 2).to(scores.device)
 
 
 def compute_advantages(
@@ -174,6 +203,4 @@ def compute_advantages(
             gather=gather,
             process_index=process_index,
         )
-    if moments is None:  # "none" has no population
-        return scores, torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-    return whiten(scores, mask, moments, std_floor), moments[:, 0] < 2
+    return normalize(scores, mask, moments, std_floor)

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from gndpo_trl.advantages import compute_advantages
-from gndpo_trl.metrics import score_metrics, score_statistics
+from gndpo_trl.objective.advantages import compute_advantages
+from gndpo_trl.objective.statistics import score_metrics, score_statistics
 
 
 CLIP = 2.0
@@ -24,7 +24,8 @@ def make_batch(seed: int = 0):
 def statistics_of(teacher, student, mask, is_eos):
     scores = teacher - student
     advantages, undefined = compute_advantages(scores, mask, score_clip=CLIP, normalization="sequence")
-    return score_statistics(scores, teacher, student, advantages, undefined, is_eos, mask, CLIP)
+    unknown = (mask == 0) & (torch.arange(scores.size(1)) == 5)
+    return score_statistics(scores, teacher, student, advantages, undefined, is_eos, unknown, mask, CLIP)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])  # with 8 ranks, one has no valid token at all
@@ -47,6 +48,7 @@ def test_metrics_are_those_of_all_tokens(ranks):
         "reverse_kl": -scores.mean(),
         "reverse_kl_k3": (scores.exp() - 1 - scores).mean(),
         "teacher/mean_logp": teacher[valid].mean(),
+        "teacher/unknown_tokens": 6,
         "student/mean_logp": student[valid].mean(),
         "advantages/std": advantages[valid].std(),
         "advantages/num_tokens": 27,

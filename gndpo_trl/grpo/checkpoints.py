@@ -1,0 +1,169 @@
+"""Checkpoints that are whole or absent, and that hold what a `GRPOTrainer` needs to go on exactly."""
+
+import json
+import os
+import re
+import warnings
+from glob import glob
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object, is_peft_model, send_to_device
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .sigterm import AgreedJITCheckpointCallback, JITCheckpointCallback
+from .trl_hooks import TRAINER_STATE_NAME
+
+
+BUFFER = "generation_buffer_{}.pt"  # one for each rank
+
+
+class CheckpointMixin:
+    """
+    Makes the checkpoints of a [`~trl.GRPOTrainer`] ones that a run can go on from.
+
+    - TRL generates once for `steps_per_generation * num_iterations` micro-batches. A checkpoint in between would resume
+      with other completions and out of step with the sampler, so the rest of the generation batch goes with it. It is
+      used again if everything that it depends on is the same; else all ranks leave it, with a warning that says why.
+    - `trainer_state.json` is written when everything else is there. A folder without it is no checkpoint:
+      `resume_from_checkpoint=True` takes the last one that is whole.
+    - `enable_jit_checkpoint` saves on SIGTERM at the end of the same step on all ranks.
+    - Weights keep the names that they were loaded from.
+    """
+
+    # Arguments that decide what is in a generation batch, beside the number of processes.
+    _generation_arguments = (
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "steps_per_generation",
+        "num_iterations",
+        "num_generations",
+        "mask_truncated_completions",
+        "temperature",
+        "use_vllm",
+        "vllm_importance_sampling_correction",
+    )
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        keep_checkpoint_names(self.model)
+        if self.args.enable_jit_checkpoint:
+            callback = AgreedJITCheckpointCallback()
+            callback.jit_manager = self.pop_callback(JITCheckpointCallback).jit_manager
+            self.add_callback(callback)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
+        elif isinstance(resume_from_checkpoint, str) and not is_whole(resume_from_checkpoint):
+            raise ValueError(
+                f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, which is no whole checkpoint: it has no "
+                f"readable `{TRAINER_STATE_NAME}`, so the run that wrote it ended before it was done. Name an earlier "
+                "one, or say `True` for the last one that is whole."
+            )
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_state(self, folder: str) -> None:
+        """Write what else a run needs to go on into a checkpoint that is being saved; called on all ranks."""
+        if self._step % (self.args.steps_per_generation * self.num_iterations) != 0:
+            state = {
+                "step": self._step,
+                "inputs": self._buffered_inputs,
+                "depends_on": self._generation_depends_on(),
+            }
+            torch.save(state, self._buffer_file(folder))
+
+    def _load_state(self, folder: str) -> None:
+        """Read it back; called on all ranks."""
+        reason = None
+        if os.path.exists(self._buffer_file(folder)):
+            buffer = torch.load(self._buffer_file(folder), map_location="cpu", weights_only=True)
+            now, then = self._generation_depends_on(), buffer.get("depends_on", {})
+            changes = [
+                f"`{name}` was {then.get(name)}, is {value}" for name, value in now.items() if then.get(name) != value
+            ]
+            reason = ", ".join(changes) or None
+        elif glob(os.path.join(folder, BUFFER.format("*"))):
+            reason = f"it was saved by fewer than {self.accelerator.num_processes} processes"
+        else:
+            buffer = None
+        reasons = [reason for reason in gather_object([reason]) if reason is not None]
+        if reasons:
+            if self.accelerator.is_main_process:
+                warnings.warn(
+                    f"The checkpoint {folder!r} holds completions for the steps that follow, but not for this run "
+                    f"({reasons[0]}). They are left, and new ones are generated for the same prompts."
+                )
+            self._step = self.state.global_step * self.args.gradient_accumulation_steps
+        elif buffer is not None:
+            self._step = buffer["step"]
+            self._buffered_inputs = send_to_device(buffer["inputs"], self.accelerator.device)
+
+    def _generation_depends_on(self) -> dict[str, Any]:
+        values = {name: getattr(self.args, name) for name in self._generation_arguments}
+        return {"number of processes": self.accelerator.num_processes, "reference model": self.beta != 0.0, **values}
+
+    def _buffer_file(self, folder: str) -> str:
+        return os.path.join(folder, BUFFER.format(self.accelerator.process_index))
+
+    def _save_checkpoint(self, model, trial):
+        folder = os.path.join(self._get_output_dir(trial=trial), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        if self.args.should_save:  # what an earlier run left there would make it look whole
+            for path in (os.path.join(folder, TRAINER_STATE_NAME), *glob(os.path.join(folder, BUFFER.format("*")))):
+                if os.path.exists(path):
+                    os.remove(path)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
+
+    # The last thing that all ranks do for a checkpoint before the main one writes its `trainer_state.json`.
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        os.makedirs(output_dir, exist_ok=True)
+        self._save_state(output_dir)
+        self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_state(checkpoint)
+
+
+def is_whole(checkpoint: str) -> bool:
+    try:
+        with open(os.path.join(checkpoint, TRAINER_STATE_NAME), encoding="utf-8") as file:
+            json.load(file)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def last_whole_checkpoint(output_dir: str) -> str:
+    """
+    The checkpoint of the most steps in a folder, leaving out those that a run did not finish writing.
+
+    Raises:
+        `ValueError`: if there is none.
+    """
+    names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
+    steps = [int(name.split("-")[1]) for name in names if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name)]
+    for step in sorted(steps, reverse=True):
+        checkpoint = os.path.join(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+        if is_whole(checkpoint):
+            return checkpoint
+        warnings.warn(f"{checkpoint!r} is left out: the run that wrote it ended before it was whole.")
+    raise ValueError(
+        f"`resume_from_checkpoint` is True, but `output_dir` ({output_dir}) has no whole checkpoint. Unset it to start "
+        "from the beginning, or name the folder of a checkpoint."
+    )
+
+
+def keep_checkpoint_names(model: torch.nn.Module) -> None:
+    """
+    Make a model save its weights under the names that they were loaded from.
+
+    Under ZeRO-3, transformers 5.23 remembers all renamings of weights that it might have needed to load a model, and
+    undoes them when it saves: the text weights of image-text checkpoints then get names that only it can read.
+    """
+    model = model.get_base_model() if is_peft_model(model) else model
+    if getattr(model, "_weight_conversions", None) is not None:
+        model._weight_conversions = [change for change in model._weight_conversions if change.was_used()]

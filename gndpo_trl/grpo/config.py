@@ -1,0 +1,68 @@
+"""Options that every trainer of this package adds to `GRPOConfig`."""
+
+from dataclasses import dataclass, field
+
+from trl import GRPOConfig
+
+from .launch import check_ddp_backend, check_launch
+
+
+@dataclass
+class ExtendedGRPOConfig(GRPOConfig):
+    r"""
+    [`~trl.GRPOConfig`] with a temperature for evaluation and a token budget for scoring.
+
+    Mistakes in how the run is launched are refused here, before any model is loaded.
+
+    Parameters:
+        eval_temperature (`float`, *optional*):
+            Temperature for sampling during evaluation. `None` uses `temperature`, as TRL does. `0.0` is greedy
+            decoding, with one completion per prompt (`num_generations_eval=1`). Log-probs are computed at `temperature`
+            all the same, so `eval_reverse_kl` then estimates no divergence.
+        scoring_token_budget (`int`, *optional*):
+            Most tokens, padding included, in a forward pass that scores completions (of the teacher, the student and
+            the reference model). Completions of similar length share a forward pass; one that is longer than the
+            budget gets its own. If `None`, as many forward passes are made as there are micro-batches in the loss, of
+            the same size.
+    """
+
+    eval_temperature: float | None = field(
+        default=None,
+        metadata={
+            "help": "Temperature for sampling during evaluation. `None` uses `temperature`, as TRL does. `0.0` is "
+            "greedy decoding, with one completion per prompt (`num_generations_eval=1`). Log-probs are computed at "
+            "`temperature` all the same, so `eval_reverse_kl` then estimates no divergence."
+        },
+    )
+    scoring_token_budget: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most tokens, padding included, in a forward pass that scores completions (of the teacher, the "
+            "student and the reference model). Completions of similar length share a forward pass; one that is longer "
+            "than the budget gets its own. If `None`, as many forward passes are made as there are micro-batches in "
+            "the loss, of the same size."
+        },
+    )
+
+    def __post_init__(self):
+        if self.eval_temperature is not None and not 0 <= self.eval_temperature < float("inf"):
+            raise ValueError(
+                f"`eval_temperature` is {self.eval_temperature}. Use 0.0 for greedy decoding, a positive number for "
+                "sampling, or None for the training temperature."
+            )
+        if self.eval_temperature == 0:
+            if self.num_generations_eval not in (None, 1):
+                raise ValueError(
+                    f"`num_generations_eval` is {self.num_generations_eval}, but with `eval_temperature=0.0` all "
+                    "completions of a prompt are the same. Set `num_generations_eval: 1`, or a positive "
+                    "`eval_temperature`."
+                )
+            self.num_generations_eval = 1
+        if self.scoring_token_budget is not None and self.scoring_token_budget < 1:
+            raise ValueError(
+                f"`scoring_token_budget` is {self.scoring_token_budget}, but it is a number of tokens. Give a positive "
+                "one, or None for forward passes as large as those of the loss."
+            )
+        check_ddp_backend(self)
+        super().__post_init__()
+        check_launch(self)

@@ -1,0 +1,1 @@
+"""The objective as pure tensor functions: torch, and nothing else."""

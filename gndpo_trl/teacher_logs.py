@@ -1,0 +1,72 @@
+"""What the teacher says, in TRL's logs: metrics of the scores, and the mean score where TRL shows a reward."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import gather
+
+from .grpo.reward_stand_in import RewardStandInMixin
+from .objective.statistics import score_metrics, score_statistics
+
+
+def teacher_score(completions: list, **kwargs) -> list[float]:
+    """Holds the place of the reward that TRL requires; the trainer puts the teacher's mean score there."""
+    return [0.0] * len(completions)
+
+
+class TeacherLogsMixin(RewardStandInMixin):
+    """Logs of a trainer that scores tokens: `score/...`, `reverse_kl` and the rest of [`score_metrics`]."""
+
+    stand_in = staticmethod(teacher_score)
+
+    @contextmanager
+    def _timer(self, seconds: dict[str, float], name: str) -> Iterator[None]:
+        def now() -> float:
+            if self.accelerator.device.type == "cuda":
+                torch.cuda.synchronize(self.accelerator.device)
+            return time.perf_counter()
+
+        start = now()
+        yield
+        seconds[name] = seconds.get(name, 0.0) + now() - start
+
+    def _log_teacher(
+        self,
+        mode: str,
+        rollout: dict[str, Any],
+        seconds: dict[str, float],
+        scores: torch.Tensor,
+        logps: tuple[torch.Tensor, torch.Tensor],
+        undefined: torch.Tensor,
+        unknown: torch.Tensor,
+        mask: torch.Tensor,
+    ) -> None:
+        """
+        Log one generation batch, on all ranks together.
+
+        Args:
+            mode (`str`): `"train"` or `"eval"`.
+            rollout (`dict`): The batch, with its `advantages` `(B, T)`.
+            seconds (`dict[str, float]`): Time of each phase on this rank, the same phases on all ranks.
+            scores (`torch.Tensor` of shape `(B, T)`): Raw scores in nats, 0 on masked tokens.
+            logps (`tuple[torch.Tensor, torch.Tensor]`): Log-probs `(B, T)` of teacher and student, in nats.
+            undefined (`torch.Tensor` of shape `(B,)`): Completions without defined statistics.
+            unknown (`torch.Tensor` of shape `(B, T)`): True on tokens whose log-prob the teacher does not know.
+            mask (`torch.Tensor` of shape `(B, T)`): True on valid tokens.
+        """
+        advantages = rollout["advantages"]
+        is_eos = torch.isin(rollout["completion_ids"], torch.tensor(self.eos_token_ids, device=mask.device))
+        statistics = score_statistics(
+            scores, *logps, advantages, undefined, is_eos, unknown, mask, self.args.score_clip
+        )
+        metrics = score_metrics(gather(statistics.unsqueeze(0)))
+        times = gather(torch.tensor([list(seconds.values())], device=mask.device)).amax(0)  # the slowest rank
+        metrics.update(zip(seconds, times.tolist(), strict=True))
+        for name, value in metrics.items():
+            self._metrics[mode][name].append(value)
+
+        per_completion = torch.stack([scores, advantages], dim=-1).sum(1) / mask.sum(-1, keepdim=True)
+        self._log_stand_in(mode, *gather(per_completion).unbind(-1))

@@ -1,0 +1,202 @@
+"""A frozen model in this process as the teacher: loading, placement, scoring."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from os import PathLike, fspath
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import is_peft_model
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..grpo.rollouts import check_finite, valid_tokens
+from ..grpo.trl_hooks import add_fused_lm_head, create_model_from_path, prepare_deepspeed, prepare_fsdp
+from .compatibility import ModelDescription, ProcessingClass, check_compatibility, describe
+from .offload import OffloadedWeights
+from .teacher import Score, Teacher
+
+
+# The student is scored at the sampling temperature, since that is the distribution it sampled from. The teacher is
+# the target and is taken as it is.
+TEACHER_TEMPERATURE = 1.0
+
+
+class LocalTeacher(Teacher):
+    """
+    A frozen model in this process that scores rollouts on the student's own token ids and images, at temperature 1.
+
+    Args:
+        model (`str`, `PathLike` or [`~transformers.PreTrainedModel`]):
+            Path, model id or loaded model.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
+            Tokenizer or processor of the teacher, used to check that token ids and images mean the same to both
+            models. If `None`, it is loaded from where the model came from.
+        revision (`str`, *optional*):
+            Revision of the model on the Hub.
+        init_kwargs (`dict`, *optional*):
+            Arguments of `from_pretrained`. Unless they say otherwise, the teacher keeps the dtype of its checkpoint and
+            takes the student's attention implementation.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code from the Hub.
+        offload (`bool`, *optional*, defaults to `False`):
+            Whether its weights live in CPU memory, and are on the device only while it scores.
+        cast_lm_head_to_fp32 (`bool`, *optional*, defaults to `False`):
+            Whether its LM head computes in float32.
+
+    Raises:
+        `ValueError`: if there is no such model, if loading options come with a loaded model, if it cannot score what the
+            student samples, or during a run if it gives log-probs that are not finite.
+    """
+
+    def __init__(
+        self,
+        model: str | PathLike | PreTrainedModel,
+        processing_class: ProcessingClass | None = None,
+        *,
+        revision: str | None = None,
+        init_kwargs: dict[str, Any] | None = None,
+        trust_remote_code: bool = False,
+        offload: bool = False,
+        cast_lm_head_to_fp32: bool = False,
+    ):
+        self.model = fspath(model) if isinstance(model, PathLike) else model
+        if not isinstance(self.model, str) and (init_kwargs is not None or revision is not None):
+            field = "teacher_model_init_kwargs" if init_kwargs is not None else "teacher_model_revision"
+            raise ValueError(
+                f"`{field}` is set, but `teacher_model` is already loaded, so it would have no effect. Unset it, or pass "
+                "the teacher as a path or model id."
+            )
+        self.init_kwargs = {"revision": revision, "trust_remote_code": trust_remote_code, **(init_kwargs or {})}
+        if "torch_dtype" in self.init_kwargs:  # the name of earlier versions of transformers, which ignores it now
+            self.init_kwargs.setdefault("dtype", self.init_kwargs.pop("torch_dtype"))
+        self.offload = offload
+        self.cast_lm_head_to_fp32 = cast_lm_head_to_fp32
+        self.description = describe(
+            "teacher_model",
+            self.model,
+            processing_class,
+            revision=self.init_kwargs["revision"],
+            trust_remote_code=self.init_kwargs["trust_remote_code"],
+        )
+        self.vocab_size = self.description.config.get_text_config().vocab_size
+
+    def check(self, student: ModelDescription) -> None:
+        self.tokenizer = student.tokenizer  # the student's ids are the ones to decode
+        check_compatibility(student, self.description)
+
+    def prepare(self, student: PreTrainedModel, accelerator: Accelerator, score: Score) -> None:
+        self.score = score
+        if self.offload:
+            self._check_offload(accelerator)
+        if isinstance(self.model, str):
+            self.model = self._load(student, accelerator)
+        check_own_weights(student, self.model)
+        self.model.requires_grad_(False)
+        self.model.eval()
+        add_fused_lm_head(
+            self.model.get_base_model() if is_peft_model(self.model) else self.model,
+            temperature=TEACHER_TEMPERATURE,
+            cast_lm_head_to_fp32=self.cast_lm_head_to_fp32,
+        )
+        if self.offload:
+            self.on_device = OffloadedWeights(self.model, accelerator.device).on_device
+        else:
+            self.model = place(self.model, accelerator)
+            self.on_device = nullcontext
+
+    def per_token_logps(self, rollout: dict[str, Any]) -> torch.Tensor:
+        """
+        Log-probs of the sampled tokens, see [`Teacher`]; finite on every valid token.
+
+        Raises:
+            `ValueError`: if a completion holds a token id that the teacher has no embedding for, or if a valid token's
+                log-prob is not finite.
+        """
+        largest = rollout["completion_ids"].max().item()
+        if largest >= self.vocab_size:
+            raise ValueError(
+                f"The student sampled token id {largest}, but the teacher has embeddings for {self.vocab_size} ids "
+                "only. Such ids are padding of the student's vocabulary; keep the sampler from drawing them "
+                "(`generation_kwargs`, e.g. `suppress_tokens` or vLLM's `allowed_token_ids`)."
+            )
+        with self.on_device():
+            logps = self.score(self.model, rollout)
+        check_finite("teacher", logps, rollout, valid_tokens(rollout), self.tokenizer)
+        return logps
+
+    def _load(self, student: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
+        init_kwargs = dict(self.init_kwargs)
+        # Weights that are never updated gain nothing from TRL's default of float32.
+        init_kwargs.setdefault("dtype", "auto")
+        init_kwargs.setdefault("attn_implementation", student.config._attn_implementation)
+        # Sharding needs device_map=None ("auto" fails), and offloaded weights have to stay on the CPU.
+        if self.offload or accelerator.distributed_type in ["MULTI_GPU", "DEEPSPEED", "FSDP"]:
+            init_kwargs["device_map"] = None
+        return create_model_from_path(self.model, **init_kwargs)
+
+    def _check_offload(self, accelerator: Accelerator) -> None:
+        plugin = accelerator.state.deepspeed_plugin
+        is_quantized = (
+            "quantization_config" in self.init_kwargs
+            or getattr(self.description.config, "quantization_config", None) is not None
+        )
+        remedy = None
+        if plugin is not None and plugin.zero_stage == 3:
+            remedy = "ZeRO-3 shards it and has an offloading of its own: set `offload_param_device: cpu` there"
+        elif getattr(accelerator.state, "fsdp_plugin", None) is not None:
+            remedy = "FSDP shards it and has an offloading of its own: set `fsdp_offload_params: true` there"
+        elif is_quantized:
+            remedy = "it is quantized, and quantized weights cannot be moved so: keep it on the device"
+        if remedy is not None:
+            raise ValueError(
+                f"`teacher_offload` is True, but the teacher cannot be offloaded: {remedy}, and unset it here."
+            )
+
+
+def check_own_weights(student: torch.nn.Module, teacher: torch.nn.Module) -> None:
+    """Raise `ValueError` if a parameter of the teacher is one of the student's."""
+    names = {id(parameter): name for name, parameter in student.named_parameters()}
+    shared = [name for name, parameter in teacher.named_parameters() if id(parameter) in names]
+    if shared:
+        raise ValueError(
+            f"`teacher_model` shares {len(shared)} parameters with `model` ({shared[0]!r} is the first), so the teacher "
+            "would be trained with the student, or be scored through its adapters. Load the teacher separately: pass "
+            "its path or model id, or the result of another `from_pretrained`."
+        )
+
+
+def place(model: PreTrainedModel, accelerator: Accelerator) -> torch.nn.Module:
+    """The model as TRL places a reference model: sharded under ZeRO-3 and FSDP, else whole on every device."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        with zero3_buckets(plugin.deepspeed_config["zero_optimization"], model.config):
+            return prepare_deepspeed(model, accelerator)
+    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+        return prepare_fsdp(model, accelerator)
+    return accelerator.prepare_model(model, evaluation_mode=True)
+
+
+@contextmanager
+def zero3_buckets(zero_optimization: dict[str, Any], config: PreTrainedConfig) -> Iterator[None]:
+    """
+    Fill in ZeRO-3's bucket sizes for a model where they are unset or `"auto"`, for as long as the context lasts.
+
+    transformers derives them from the student's hidden size, too late for the teacher; TRL derives a reference model's
+    from a top-level `hidden_size`, which image-text configurations do not have. The sizes are those of transformers.
+    """
+    before = dict(zero_optimization)
+    hidden_size = config.get_text_config().hidden_size
+    sizes = {
+        "reduce_bucket_size": hidden_size * hidden_size,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }
+    if zero_optimization["stage"] == 3:
+        unset = {name: size for name, size in sizes.items() if zero_optimization.get(name, "auto") == "auto"}
+        zero_optimization.update(unset)
+    try:
+        yield
+    finally:
+        zero_optimization.clear()
+        zero_optimization.update(before)

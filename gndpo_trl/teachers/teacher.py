@@ -1,0 +1,92 @@
+"""What a teacher is: everything that the trainer asks of one."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from transformers import PreTrainedModel, TrainerCallback
+
+from .compatibility import ModelDescription
+
+
+Score = Callable[[torch.nn.Module, dict[str, Any]], torch.Tensor]
+
+
+class Teacher(TrainerCallback):
+    """
+    Knows how likely the sampled tokens are. `per_token_logps` is all that a teacher must have; the rest has defaults.
+
+    Pass an instance as `teacher_model`. The trainer calls, in this order and on all ranks: `check` before it loads any
+    model; `prepare` when the student is there; for each generation batch `start`, then its own scoring pass, then
+    `per_token_logps`; `save_state` and `load_state` with checkpoints. A teacher is also a
+    [`~transformers.TrainerCallback`] of the run: one whose weights follow the student's moves them in `on_step_end`.
+
+    Example: a teacher that likes short words.
+
+    ```python
+    >>> class ShortWords(Teacher):
+    ...     def __init__(self, tokenizer):
+    ...         lengths = [len(tokenizer.decode([id])) for id in range(len(tokenizer))]
+    ...         self.logps = (-torch.tensor(lengths, dtype=torch.float32)).log_softmax(-1)
+    ...
+    ...     def per_token_logps(self, rollout):
+    ...         return self.logps.to(rollout["completion_ids"].device)[rollout["completion_ids"]]
+    ```
+
+    A *rollout* is the batch that `GRPOTrainer` makes of its samples: `prompt_ids` and `prompt_mask` `(B, P)`, left-padded;
+    `completion_ids` and `completion_mask` `(B, T)`, right-padded; the vision inputs of the model family; and `rows`, the
+    `B` rows of the data set, so that a teacher can read columns of its own. Every rank has the same `B`.
+
+    Attributes:
+        vocab_size (`int` or `None`): The teacher knows token ids below this; the trainer keeps transformers' generation
+            from sampling others. `None`: it knows all of the student's.
+    """
+
+    vocab_size: int | None = None
+
+    def check(self, student: ModelDescription) -> None:
+        """
+        Compare with the student, before the weights of either are loaded.
+
+        Args:
+            student ([`ModelDescription`]): Its configurations and processing class.
+
+        Raises:
+            `ValueError`: if this teacher cannot score what the student samples.
+        """
+
+    def prepare(self, student: PreTrainedModel, accelerator: Accelerator, score: Score) -> None:
+        """
+        Load and place what the teacher needs.
+
+        Args:
+            student ([`~transformers.PreTrainedModel`]): The student's model, before it is wrapped for training.
+            accelerator ([`~accelerate.Accelerator`]): Accelerator of the trainer.
+            score (`Callable`): `score(model, rollout)` gives the `(B, T)` log-probs, without gradient, of a rollout's
+                completions under a model with TRL's fused LM head, in forward passes over real tokens. All ranks have
+                to call it together, with the same `B`; the rollout may have other prompts and images than the student's.
+        """
+
+    def start(self, rollout: dict[str, Any]) -> None:
+        """Begin to score a rollout and return at once. For teachers elsewhere: the student is scored meanwhile."""
+
+    def per_token_logps(self, rollout: dict[str, Any]) -> torch.Tensor:
+        """
+        Log-probs of the sampled tokens.
+
+        Args:
+            rollout (`dict`): The batch that `start` was called with.
+
+        Returns:
+            `torch.Tensor` of shape `(B, T)`: log-probs in nats. NaN says that the teacher does not know the token: it
+            leaves the loss and all statistics, and is counted in `teacher/unknown_tokens`. Masked positions may hold
+            anything.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no `per_token_logps`.")
+
+    def save_state(self, folder: str) -> None:
+        """Write what changes during a run into the folder of a checkpoint. Called on all ranks."""
+
+    def load_state(self, folder: str) -> None:
+        """Read it back when a run goes on. Called on all ranks, after `prepare`."""
