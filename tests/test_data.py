@@ -21,6 +21,7 @@ from trl.rewards import think_format_reward
 from gndpo_trl import GNDPOTrainer
 from gndpo_trl.data import (
     INSTRUCTION,
+    check_data_path,
     content_parts,
     drop_long_prompts,
     load_splits,
@@ -60,6 +61,41 @@ def test_files_in_a_folder_are_splits(geometry, tmp_path, files):
     for index, name in enumerate(files):
         geometry["train"].select(range(index + 1)).to_parquet(tmp_path / f"{name}.parquet")
     assert load_splits(str(tmp_path)).num_rows == {name: index + 1 for index, name in enumerate(files)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "./geometry",
+        "../geometry",
+        "/geometry",
+        "~nobody-here/geometry",
+        "runs/data/geometry",
+        "a.parquet",
+        "source/b",
+        "rows.csv",
+    ],
+)
+def test_a_mistyped_path_is_not_asked_for_on_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "rows.csv").touch()  # there, but of a kind that is not read
+    message = rf"`dataset_name` is '{re.escape(name)}'.*no folder.*\.parquet, \.json or \.jsonl.*'hf://datasets/"
+    with pytest.raises(ValueError, match=message):
+        load_splits(name)
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "owner/name", "owner/name-v1.5", "hf://datasets/source/b"])
+def test_names_on_the_hub_are_not_taken_for_paths(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "source").mkdir()
+    check_data_path(name)
+
+
+def test_a_path_may_start_at_the_home_folder(geometry, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    geometry["test"].to_parquet(tmp_path / "test.parquet")
+    assert load_splits("~/test.parquet").num_rows == {"train": 8}
 
 
 @pytest.mark.parametrize(
