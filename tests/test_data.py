@@ -228,8 +228,9 @@ def test_long_prompts_are_dropped_whole(checkpoints, geometry):
 def test_the_processor_expands_the_images_before_it_counts(checkpoints, geometry):
     processor = AutoProcessor.from_pretrained(checkpoints["internvl-student"])
     (length,) = prepare_questions(geometry["train"].select([0]), "train", processor=processor)["prompt_length"]
-    source = geometry["train"].select([0]).map(lambda row: {"images": [], "problem": row["problem"][len("<image>") :]})
-    (length_of_text,) = prepare_questions(source, "train", processor=processor)["prompt_length"]
+    source = geometry["train"].select([0]).map(lambda row: {"problem": row["problem"][len("<image>") :]})
+    no_images = {"images": ""}
+    (length_of_text,) = prepare_questions(source, "train", no_images, processor=processor)["prompt_length"]
     assert length - length_of_text == processor.image_seq_length + 2  # and the image's start and end
 
 
@@ -258,7 +259,9 @@ def test_a_test_split_is_not_replaced(geometry):
     "change, message",
     [
         ({"problem": "<image><image>Find x."}, "2 `<image>` markers in the problem, 1 images in the row.*one marker"),
-        ({"problem": "<image>Find x.", "images": []}, "1 `<image>` markers in the problem, 0 images in the row"),
+        ({"images": []}, "no image in a set with images.*Remove such rows.*set of their own, with `images=`"),
+        ({"images": None}, "no image in a set with images"),
+        ({"problem": "Find x.", "images": []}, "no image in a set with images"),
         ({"problem": None}, "the problem is None.*remove the row"),
         ({"answer": ""}, "the answer is ''.*remove the row"),
         ({"answer": " "}, "the answer is ' '.*remove the row"),
