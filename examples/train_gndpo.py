@@ -4,7 +4,8 @@ Train a student with GNDPO, or with one of its baselines: text or image-text, on
     accelerate launch examples/train_gndpo.py --config recipes/digits/gndpo.yaml
     accelerate launch examples/train_gndpo.py \
         --model_name_or_path Qwen/Qwen3-0.6B --teacher_model_name_or_path Qwen/Qwen3-4B \
-        --dataset_name trl-lib/DeepMath-103K --output_dir runs/qwen3
+        --dataset_name trl-lib/DeepMath-103K --output_dir runs/qwen3 \
+        --num_generations 4 --gradient_accumulation_steps 8
 
 The paper's comparison has three arms, which share data, prompts, generation and validation:
 
