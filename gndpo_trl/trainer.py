@@ -40,6 +40,7 @@ from .trl_hooks import (
     get_config_model_id,
     nanstd,
     real_tokens_in_lm_head,
+    without_advice_on_levels,
 )
 
 
@@ -107,6 +108,7 @@ class GNDPOTrainer(EvalTemperatureMixin, GRPOTrainer):
             }"""),
     }
 
+    @without_advice_on_levels()
     def __init__(
         self,
         model: str | PreTrainedModel | PeftModel,
