@@ -7,12 +7,13 @@ Greedy accuracy of one or several checkpoints on a split, compared in one table.
 The data have the columns that the trainers use: `prompt` (messages), `solution` and, for image-text models, `images`.
 """
 
+import contextlib
 import gc
 import importlib.util
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -57,6 +58,13 @@ class EvaluationArguments:
             Number format of the weights: `bfloat16`, `float16`, `float32`, or `auto` for the checkpoint's.
         device (`str`, *optional*):
             Device of the model, such as `cuda:1` or `cpu`. All GPUs if left out, the CPU if there is none.
+        revision (`str`, *optional*):
+            Branch, tag or commit of the checkpoints on the hub, and of the base model of an adapter in a folder.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Run the code that comes with a checkpoint. Only for sources that you trust.
+        chat_template_kwargs (`dict[str, Any]` or `str`, *optional*):
+            Arguments of the chat template, in JSON on the command line: `{"enable_thinking": false}`. Give those that
+            the students were trained with.
         use_vllm (`bool`, *optional*, defaults to `False`):
             Generate with vLLM instead of transformers. It has to be installed.
         bootstrap_samples (`int`, *optional*, defaults to `1000`):
@@ -101,6 +109,24 @@ class EvaluationArguments:
             "help": "Device of the model, such as `cuda:1` or `cpu`. All GPUs if left out, the CPU if there is none."
         },
     )
+    revision: str | None = field(
+        default=None,
+        metadata={
+            "help": "Branch, tag or commit of the checkpoints on the hub, and of the base model of an adapter in a "
+            "folder."
+        },
+    )
+    trust_remote_code: bool = field(
+        default=False,
+        metadata={"help": "Run the code that comes with a checkpoint. Only for sources that you trust."},
+    )
+    chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Arguments of the chat template, in JSON on the command line: `{"enable_thinking": false}`. Give '
+            "those that the students were trained with."
+        },
+    )
     use_vllm: bool = field(
         default=False, metadata={"help": "Generate with vLLM instead of transformers. It has to be installed."}
     )
@@ -108,6 +134,17 @@ class EvaluationArguments:
         default=1000, metadata={"help": "Number of resamplings of the questions behind each confidence interval."}
     )
     seed: int = field(default=0, metadata={"help": "Seed of the resampling; generation is greedy."})
+
+    def __post_init__(self):
+        value = self.chat_template_kwargs
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(value) if isinstance(value, str) else value
+        if not isinstance(value, dict | None):
+            raise ValueError(
+                f"`chat_template_kwargs` is {self.chat_template_kwargs!r}. Write an object in JSON, such as "
+                "'{\"enable_thinking\": false}'."
+            )
+        self.chat_template_kwargs = value
 
 
 class Completion(NamedTuple):
@@ -159,18 +196,27 @@ def checkpoint_names(paths: list[str]) -> list[str]:
     raise ValueError(f"`model_name_or_path` names a checkpoint twice: {paths}.")
 
 
+def base_of_adapter(path: str, args: EvaluationArguments) -> tuple[str, str | None]:
+    """Path or hub id of the model under an adapter, and its revision; `args.revision` is the adapter's if that has one."""
+    config = PeftConfig.from_pretrained(path, revision=args.revision)
+    return config.base_model_name_or_path, config.revision or (args.revision if Path(path).exists() else None)
+
+
 def load_processing_class(
     path: str, args: EvaluationArguments, has_images: bool
 ) -> PreTrainedTokenizerBase | ProcessorMixin:
     """Tokenizer or processor of a checkpoint; an adapter saved without one uses its base model's."""
-    if find_adapter_config_file(path) is not None:
+    source, revision = path, args.revision
+    if find_adapter_config_file(path, revision=args.revision) is not None:
         if args.use_vllm:
             raise ValueError(
                 f"{path} is an adapter, which vLLM is not given here. Leave `use_vllm` out, or save the merged model."
             )
         if not (Path(path) / "tokenizer_config.json").exists():
-            path = PeftConfig.from_pretrained(path).base_model_name_or_path
-    processing_class = AutoProcessor.from_pretrained(path)
+            source, revision = base_of_adapter(path, args)
+    processing_class = AutoProcessor.from_pretrained(
+        source, revision=revision, trust_remote_code=args.trust_remote_code
+    )
     if has_images and not isinstance(processing_class, ProcessorMixin):
         raise ValueError(
             f"The data have the column 'images', but {path} is a text model. Give image-text models, or remove the "
@@ -180,13 +226,14 @@ def load_processing_class(
 
 
 def load_model(path: str, args: EvaluationArguments) -> PreTrainedModel:
-    options = {"dtype": args.dtype}
+    options = {"dtype": args.dtype, "trust_remote_code": args.trust_remote_code}
     if args.device is not None:
         options["device_map"] = args.device
-    if find_adapter_config_file(path) is None:
-        return create_model_from_path(path, **options).eval()
-    base = create_model_from_path(PeftConfig.from_pretrained(path).base_model_name_or_path, **options)
-    return PeftModel.from_pretrained(base, path).merge_and_unload().eval()
+    if find_adapter_config_file(path, revision=args.revision) is None:
+        return create_model_from_path(path, revision=args.revision, **options).eval()
+    base_path, base_revision = base_of_adapter(path, args)
+    base = create_model_from_path(base_path, revision=base_revision, **options)
+    return PeftModel.from_pretrained(base, path, revision=args.revision).merge_and_unload().eval()
 
 
 def text_of(prompt: list[dict]) -> str:
@@ -199,7 +246,10 @@ def text_of(prompt: list[dict]) -> str:
 
 
 def generate(
-    model: PreTrainedModel, processing_class: PreTrainedTokenizerBase | ProcessorMixin, rows: list[dict]
+    model: PreTrainedModel,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin,
+    rows: list[dict],
+    chat_template_kwargs: dict[str, Any],
 ) -> list[Completion]:
     """Completions of one batch, by `model.generation_config`."""
     is_vlm = isinstance(processing_class, ProcessorMixin)
@@ -213,6 +263,7 @@ def generate(
         return_dict=True,
         return_tensors="pt",
         **({"processor_kwargs": {"padding": True}} if is_vlm else {"padding": True}),
+        **chat_template_kwargs,
     ).to(model.device)
     with torch.inference_mode():
         completion_ids = model.generate(**inputs)[:, inputs["input_ids"].shape[1] :].cpu()
@@ -253,7 +304,8 @@ def complete(
         for start in range(0, len(order), args.batch_size):
             indices = order[start : start + args.batch_size]
             rows = [dataset[index] for index in indices]
-            completions.update(zip(indices, generate(model, processing_class, rows), strict=True))
+            batch = generate(model, processing_class, rows, args.chat_template_kwargs or {})
+            completions.update(zip(indices, batch, strict=True))
             progress.update(len(indices))
     return [completions[index] for index in range(len(dataset))]
 
@@ -274,8 +326,19 @@ def complete_with_vllm(path: str, dataset: Dataset, args: EvaluationArguments) -
         return messages
 
     conversations = [messages_of(row) for row in tqdm(dataset, desc="prompts")]
-    llm = LLM(path, dtype=args.dtype, seed=args.seed)
-    outputs = llm.chat(conversations, SamplingParams(temperature=0, max_tokens=args.max_new_tokens))
+    llm = LLM(
+        path,
+        dtype=args.dtype,
+        seed=args.seed,
+        revision=args.revision,
+        tokenizer_revision=args.revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+    outputs = llm.chat(
+        conversations,
+        SamplingParams(temperature=0, max_tokens=args.max_new_tokens),
+        chat_template_kwargs=args.chat_template_kwargs,
+    )
     return [
         Completion(completion.text, len(completion.token_ids), completion.finish_reason == "length")
         for completion in (output.outputs[0] for output in outputs)

@@ -4,7 +4,8 @@ Train a student with GNDPO, or with one of its baselines: text or image-text, on
     accelerate launch examples/train_gndpo.py --config recipes/digits/gndpo.yaml
     accelerate launch examples/train_gndpo.py \
         --model_name_or_path Qwen/Qwen3-0.6B --teacher_model_name_or_path Qwen/Qwen3-4B \
-        --dataset_name trl-lib/DeepMath-103K --output_dir runs/qwen3
+        --dataset_name trl-lib/DeepMath-103K --output_dir runs/qwen3 \
+        --num_generations 4 --gradient_accumulation_steps 8
 
 The paper's comparison has three arms, which share data, prompts, generation and validation:
 
@@ -150,20 +151,38 @@ def parse_arguments(
 
 
 def get_reward_func(name: str) -> Callable:
-    module, _, function = REWARD_FUNCS.get(name, name).rpartition(".")
-    if not module:
+    module_name, _, function_name = REWARD_FUNCS.get(name, name).rpartition(".")
+    if "" in module_name.split("."):
         raise ValueError(
             f"`reward_funcs` names {name!r}. Choose one of {sorted(REWARD_FUNCS)}, or give a dotted import path."
         )
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    return getattr(importlib.import_module(module), function)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if not f"{module_name}.".startswith(f"{error.name}."):  # the module is there, but not what it imports
+            raise
+        raise ValueError(
+            f"`reward_funcs` names {name!r}, but there is no module {error.name!r}. Correct the name, or start from the "
+            f"folder that it is in: modules are looked up from the working directory ({os.getcwd()})."
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        functions = [attribute for attribute, value in vars(module).items() if callable(value)]
+        nearest = difflib.get_close_matches(function_name, functions, n=1)
+        remedy = f"Did you mean {nearest[0]!r}?" if nearest else "Correct the name."
+        raise ValueError(
+            f"`reward_funcs` names {name!r}, but the module {module_name!r} has no function {function_name!r}. {remedy}"
+        )
+    return function
 
 
 def main(script_args: GNDPOScriptArguments, training_args: GNDPOConfig | GSPOConfig, model_args: ModelConfig) -> None:
     if model_args.model_name_or_path is None:
         raise ValueError("`model_name_or_path` is not set. Give the student's path or hub id.")
     check_final_save(training_args)
+    reward_funcs = [get_reward_func(name) for name in script_args.reward_funcs or []]
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -184,7 +203,7 @@ def main(script_args: GNDPOScriptArguments, training_args: GNDPOConfig | GSPOCon
     trainer_class = GSPOTrainer if isinstance(training_args, GSPOConfig) else GNDPOTrainer
     trainer = trainer_class(
         model=model_args.model_name_or_path,
-        reward_funcs=[get_reward_func(name) for name in script_args.reward_funcs or []],
+        reward_funcs=reward_funcs,
         args=training_args,
         train_dataset=train_dataset,
         eval_dataset=eval_dataset,

@@ -1,3 +1,4 @@
+import warnings
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +14,21 @@ class _SingleGeneration(int):
 
     def __lt__(self, other):
         return other != 2 and int(self) < other
+
+
+def check_loss_and_level(loss_type: str, level: str) -> None:
+    """
+    Warn where the level of the importance ratio, "sequence_token" or "token", is not the one that a loss is made for.
+
+    "luspo" is made for the ratio of the sequence, which is "sequence_token" here. "vespo" forms a ratio of its own, the
+    same at both levels. All other losses are made for either.
+    """
+    if loss_type == "luspo" and level == "token":
+        warnings.warn(
+            '`importance_sampling_level` is "token", but `loss_type` is "luspo", which is made for one ratio per '
+            'completion: with ratios per token it is the sum of GRPO\'s token losses. Set "sequence_token".',
+            stacklevel=2,
+        )
 
 
 @dataclass
@@ -84,7 +100,8 @@ class GNDPOConfig(ExtendedGRPOConfig):
             is the same for all tokens of a completion, which erases what the teacher says about each of them.
         loss_type (`str`, *optional*, defaults to `"grpo"`):
             Loss formulation, see [`~trl.GRPOConfig`]. `"grpo"` is the mean over completions of the mean over their
-            tokens.
+            tokens. Each goes with both levels of the importance ratio, but `"luspo"` is made for `"sequence_token"`,
+            and `"vespo"` forms a ratio of its own, the same at both.
         beta (`float`, *optional*, defaults to `0.0`):
             Coefficient of the KL divergence to the initial student (not to the teacher). If `0.0`, the reference model
             is not loaded.
@@ -201,7 +218,8 @@ class GNDPOConfig(ExtendedGRPOConfig):
         default="grpo",
         metadata={
             "help": 'Loss formulation, see [`~trl.GRPOConfig`]. `"grpo"` is the mean over completions of the mean '
-            "over their tokens."
+            'over their tokens. Each goes with both levels of the importance ratio, but `"luspo"` is made for '
+            '`"sequence_token"`, and `"vespo"` forms a ratio of its own, the same at both.'
         },
     )
     beta: float = field(
@@ -244,6 +262,7 @@ class GNDPOConfig(ExtendedGRPOConfig):
                 f"`advantage_normalization` is {self.advantage_normalization!r}. Choose one of "
                 f"{', '.join(map(repr, ADVANTAGE_NORMALIZATIONS))}."
             )
+        check_loss_and_level(self.loss_type, self.importance_sampling_level)
         if not self.std_floor >= 0:
             raise ValueError(
                 f"`std_floor` is {self.std_floor}, but it is a lower bound of a standard deviation. Use 0.0 for the "

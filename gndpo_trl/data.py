@@ -1,5 +1,6 @@
 """Data sets for training: loading splits from disk or the hub, and image questions in the form that TRL trains on."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -52,10 +53,12 @@ def load_splits(
             Name for the rows of a source that knows no splits: a single file, or one split of `save_to_disk`.
 
     Raises:
-        ValueError: `name` is not set.
+        ValueError: `name` is not set, or is a path that leads nowhere.
     """
     if name is None:
         raise ValueError("`dataset_name` is not set. Give a hub id, a folder of `save_to_disk`, or a data file.")
+    name = os.path.expanduser(name)
+    check_data_path(name)
     path = Path(name)
     if (path / "dataset_dict.json").exists():
         return load_from_disk(name)
@@ -69,6 +72,21 @@ def load_splits(
         data_files = {file.stem: str(file) for file in files}
         return load_dataset("parquet", data_files=data_files, streaming=streaming)
     return load_dataset(name, name=config, streaming=streaming)
+
+
+def check_data_path(name: str) -> None:
+    """Raise `ValueError` if `name` can only be a path, or lies in a folder that is there, and has no data to read."""
+    path = Path(name)
+    if "://" in name or path.is_dir() or (path.suffix in FILE_LOADERS and path.is_file()):
+        return
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1 or path.suffix in FILE_LOADERS or path.is_file()
+    if is_path or ("/" in name and path.parent.is_dir()):
+        *others, last = FILE_LOADERS
+        raise ValueError(
+            f"`dataset_name` is {name!r}, where there is no folder and no data file ({', '.join(others)} or {last}). "
+            f"Correct the path; a relative one starts at {os.getcwd()}. A set on the hub whose owner has the name of a "
+            "local folder is written 'hf://datasets/OWNER/NAME'."
+        )
 
 
 def get_split(splits: DatasetDict | IterableDatasetDict, field: str, name: str) -> Dataset | IterableDataset:
@@ -161,8 +179,8 @@ def prepare_questions(
         - `prompt_length`: number of tokens of the prompt, only with a `processor`.
 
     Raises:
-        ValueError: a column is missing, or a row has an empty answer, an image that does not open, or other images
-            than its problem has markers for. Names the split, the row and the remedy.
+        ValueError: a column is missing, or a row has an empty answer, no image in a set with images, an image that
+            does not open, or other images than its problem has markers for. Names the split, the row and the remedy.
     """
     names = {"problem": "problem", "images": "images", "answer": "answer", **(columns or {})}
     if len(names) > 3:
@@ -197,6 +215,12 @@ def prepare_questions(
             raise ValueError(
                 f"{where}: an image does not open ({type(error).__name__}: {error}). Replace it or remove the row."
             ) from error
+        if has_images and not images:
+            # A batch of text alone would leave out the vision tower, on some ranks and not on others.
+            raise ValueError(
+                f"{where}: no image in a set with images, with which it cannot be trained. Remove such rows, or put "
+                "them into a set of their own, with `images=` in `columns`."
+            )
         text = f"{problem}\n{instruction}" if instruction else problem
         try:
             parts = content_parts(text, len(images))

@@ -3,7 +3,7 @@ r"""Accuracy of the final `\boxed{}` answer, decided by math-verify; TRL's `thin
 import re
 import threading
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 try:
@@ -85,12 +85,20 @@ def check_answer(completion: str, solution: str) -> Verdict:
     return Verdict(verify(gold, target, timeout_seconds=timeout), answer, bool(target), True)
 
 
+def message_text(message: dict) -> str:
+    """Text of a message whose content is a string, a list of parts, or missing, as beside a tool call."""
+    content = message.get("content") or ""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
 def normalize(text: str) -> str:
     return "".join(text.replace("$", "").split()).lower()
 
 
 def boxed_accuracy_reward(
-    completions: list[str] | list[list[dict[str, str]]],
+    completions: list[str] | list[list[dict[str, Any]]],
     solution: list[str],
     log_metric: Callable[[str, float], None] | None = None,
     **kwargs,
@@ -103,8 +111,9 @@ def boxed_accuracy_reward(
     text.
 
     Args:
-        completions (`list[str]` or `list[list[dict[str, str]]]`):
-            Completions, as text or as messages, of which the last one holds the answer.
+        completions (`list[str]` or `list[list[dict[str, Any]]]`):
+            Completions, as text or as messages, of which the last one holds the answer. One without text, such as a
+            call of a tool, has none.
         solution (`list[str]`):
             The answer for each completion, from the data set's column of this name.
         log_metric (`callable`, *optional*):
@@ -113,7 +122,10 @@ def boxed_accuracy_reward(
     Returns:
         `list[float]`: One reward for each completion.
     """
-    texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
+    texts = [
+        completion if isinstance(completion, str) else "".join(map(message_text, completion[-1:]))
+        for completion in completions
+    ]
     verdicts = [check_answer(text, gold) for text, gold in zip(texts, solution, strict=True)]
     if log_metric is not None:
         log_metric("unparsed/answers", sum(not verdict.answer_parsed for verdict in verdicts) / len(verdicts))

@@ -43,11 +43,12 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
 
     ```python
     >>> from datasets import load_dataset
-    >>> from gndpo_trl import GNDPOTrainer
+    >>> from gndpo_trl import GNDPOConfig, GNDPOTrainer
 
     >>> trainer = GNDPOTrainer(
     ...     model="Qwen/Qwen3-0.6B",
     ...     teacher_model="Qwen/Qwen3-4B",
+    ...     args=GNDPOConfig("qwen3-gndpo", num_generations=4, gradient_accumulation_steps=8),
     ...     train_dataset=load_dataset("trl-lib/DeepMath-103K", split="train"),
     ... )
     >>> trainer.train()

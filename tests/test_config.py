@@ -1,10 +1,14 @@
+import ast
 import dataclasses
+import functools
 import re
+import textwrap
+from pathlib import Path
 
 import pytest
 from trl import GRPOConfig, TrlParser
 
-from gndpo_trl import GNDPOConfig
+from gndpo_trl import GNDPOConfig, GNDPOTrainer
 
 
 CPU = ["--output_dir", "out", "--use_cpu", "True", "--bf16", "False"]
@@ -82,3 +86,25 @@ def test_docstring_and_help_say_the_same():
         help_text = " ".join(field.metadata["help"].split())
         assert help_text in docstring, f"the docstring does not contain the help of `{field.name}`"
         assert re.search(rf"{field.name} \(`", docstring), f"`{field.name}` is not in the docstring"
+
+
+def configs_in(code: str) -> list[GNDPOConfig]:
+    """The configurations that a piece of code builds, on one device."""
+    build = functools.partial(GNDPOConfig, use_cpu=True, bf16=False)
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    return [
+        eval(ast.unparse(call), {"GNDPOConfig": build}) for call in calls if ast.unparse(call.func) == "GNDPOConfig"
+    ]
+
+
+def test_the_first_examples_show_the_method():
+    """With one prompt in a generation batch, the normalization over all of it is that over a group."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    first = re.search(r"```python\n(.*?)```", readme, re.DOTALL)[1]
+    diff = re.search(r"```diff\n(.*?)```", readme, re.DOTALL)[1]
+    after = "\n".join(line[1:] for line in diff.splitlines() if not line.startswith("-"))
+    docstring = textwrap.dedent(re.search(r"```python\n(.*?)```", GNDPOTrainer.__doc__, re.DOTALL)[1])
+    docstring = re.sub(r"^(>>>|\.\.\.) ?", "", docstring, flags=re.MULTILINE)
+    for code in (first, after, docstring):
+        (config,) = configs_in(code)
+        assert config.generation_batch_size / config.num_generations >= 8

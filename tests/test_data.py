@@ -21,6 +21,7 @@ from trl.rewards import think_format_reward
 from gndpo_trl import GNDPOTrainer
 from gndpo_trl.data import (
     INSTRUCTION,
+    check_data_path,
     content_parts,
     drop_long_prompts,
     load_splits,
@@ -60,6 +61,41 @@ def test_files_in_a_folder_are_splits(geometry, tmp_path, files):
     for index, name in enumerate(files):
         geometry["train"].select(range(index + 1)).to_parquet(tmp_path / f"{name}.parquet")
     assert load_splits(str(tmp_path)).num_rows == {name: index + 1 for index, name in enumerate(files)}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "./geometry",
+        "../geometry",
+        "/geometry",
+        "~nobody-here/geometry",
+        "runs/data/geometry",
+        "a.parquet",
+        "source/b",
+        "rows.csv",
+    ],
+)
+def test_a_mistyped_path_is_not_asked_for_on_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "source").mkdir()
+    (tmp_path / "rows.csv").touch()  # there, but of a kind that is not read
+    message = rf"`dataset_name` is '{re.escape(name)}'.*no folder.*\.parquet, \.json or \.jsonl.*'hf://datasets/"
+    with pytest.raises(ValueError, match=message):
+        load_splits(name)
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "owner/name", "owner/name-v1.5", "hf://datasets/source/b"])
+def test_names_on_the_hub_are_not_taken_for_paths(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "source").mkdir()
+    check_data_path(name)
+
+
+def test_a_path_may_start_at_the_home_folder(geometry, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    geometry["test"].to_parquet(tmp_path / "test.parquet")
+    assert load_splits("~/test.parquet").num_rows == {"train": 8}
 
 
 @pytest.mark.parametrize(
@@ -192,8 +228,9 @@ def test_long_prompts_are_dropped_whole(checkpoints, geometry):
 def test_the_processor_expands_the_images_before_it_counts(checkpoints, geometry):
     processor = AutoProcessor.from_pretrained(checkpoints["internvl-student"])
     (length,) = prepare_questions(geometry["train"].select([0]), "train", processor=processor)["prompt_length"]
-    source = geometry["train"].select([0]).map(lambda row: {"images": [], "problem": row["problem"][len("<image>") :]})
-    (length_of_text,) = prepare_questions(source, "train", processor=processor)["prompt_length"]
+    source = geometry["train"].select([0]).map(lambda row: {"problem": row["problem"][len("<image>") :]})
+    no_images = {"images": ""}
+    (length_of_text,) = prepare_questions(source, "train", no_images, processor=processor)["prompt_length"]
     assert length - length_of_text == processor.image_seq_length + 2  # and the image's start and end
 
 
@@ -222,7 +259,9 @@ def test_a_test_split_is_not_replaced(geometry):
     "change, message",
     [
         ({"problem": "<image><image>Find x."}, "2 `<image>` markers in the problem, 1 images in the row.*one marker"),
-        ({"problem": "<image>Find x.", "images": []}, "1 `<image>` markers in the problem, 0 images in the row"),
+        ({"images": []}, "no image in a set with images.*Remove such rows.*set of their own, with `images=`"),
+        ({"images": None}, "no image in a set with images"),
+        ({"problem": "Find x.", "images": []}, "no image in a set with images"),
         ({"problem": None}, "the problem is None.*remove the row"),
         ({"answer": ""}, "the answer is ''.*remove the row"),
         ({"answer": " "}, "the answer is ' '.*remove the row"),

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -170,6 +172,103 @@ def test_adapters_are_merged_into_their_base_model(checkpoints, text_data, tmp_p
     names = [Path(base).name, "adapter", "merged"]
     plain, adapter, merged = (read_lines(tmp_path / "results" / f"{name}.jsonl") for name in names)
     assert adapter == merged != plain
+
+
+def save_thinker(path: Path) -> str:
+    """A checkpoint that answers after a thought, or at once where its chat template adds `plus` for no thinking."""
+    answer = ["\\boxed{3}", "<|im_end|>"]
+    save_parrot(path, "<think>", "one", "</think>", *answer, "plus", *answer)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.chat_template += "{% if enable_thinking is defined and not enable_thinking %}plus{% endif %}"
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("where", ["command line", "recipe"])
+def test_chat_template_kwargs_reach_the_prompts(text_data, tmp_path, where):
+    thinker = save_thinker(tmp_path / "thinker")
+    options = ["--chat_template_kwargs", '{"enable_thinking": false}']
+    if where == "recipe":
+        (tmp_path / "recipe.yaml").write_text("chat_template_kwargs:\n  enable_thinking: false\n")
+        options = ["--config", str(tmp_path / "recipe.yaml")]
+    run([thinker], text_data, tmp_path / "thinking")
+    run([thinker], text_data, tmp_path / "not", *options)
+    thinking, not_thinking = (read_lines(tmp_path / name / "thinker.jsonl")[0] for name in ("thinking", "not"))
+    assert thinking["completion"] == "<think> one </think> \\boxed{3}"
+    assert not_thinking["completion"] == "\\boxed{3}"
+    summary = json.loads((tmp_path / "not" / "summary.json").read_text())
+    assert summary["arguments"]["chat_template_kwargs"] == {"enable_thinking": False}
+
+
+def test_chat_template_kwargs_reach_the_prompts_of_image_text_models(random_models, image_data, tmp_path):
+    model = Path(shutil.copytree(random_models["internvl"], tmp_path / "internvl"))
+    with open(model / "chat_template.jinja", "a") as template:
+        template.write("{% if enable_thinking is defined and not enable_thinking %}plus{% endif %}")
+    run([str(model)], image_data, tmp_path / "thinking")
+    run([str(model)], image_data, tmp_path / "not", "--chat_template_kwargs", '{"enable_thinking": false}')
+    thinking, not_thinking = (read_lines(tmp_path / name / "internvl.jsonl") for name in ("thinking", "not"))
+    assert [line["completion"] for line in thinking] != [line["completion"] for line in not_thinking]
+
+
+@pytest.mark.parametrize("value", ["enable_thinking=false", "[1]"])
+def test_chat_template_kwargs_that_are_no_object_are_named(text_data, tmp_path, value):
+    with pytest.raises(ValueError, match="`chat_template_kwargs` is .*enable_thinking.*: false"):
+        run(["nowhere"], text_data, tmp_path, "--chat_template_kwargs", value)
+
+
+@pytest.fixture
+def evaluate_from_hub(text_data, tmp_path):
+    """`evaluate_from_hub(models, *options)` without network, from a hub cache in `tmp_path`: one completion of each."""
+    env = {**os.environ, "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    for name in ("HF_HUB_CACHE", "HF_MODULES_CACHE"):
+        env.pop(name, None)
+
+    def evaluate(models: list[str], *options: str) -> list[str]:
+        command = [sys.executable, str(SCRIPT), *arguments(models, text_data, tmp_path / "results", *options)]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=env)
+        assert result.returncode == 0, result.stderr
+        files = [tmp_path / "results" / f"{Path(model).name}.jsonl" for model in models]
+        return [read_lines(file)[0]["completion"] for file in files]
+
+    return evaluate
+
+
+def test_a_revision_from_the_hub(evaluate_from_hub, tmp_path):
+    """Of a checkpoint, and of the base model of an adapter in a folder."""
+    repository = tmp_path / "hub" / "models--owner--parrot"
+    (repository / "refs").mkdir(parents=True)
+    for name, commit, answer in (("main", 40 * "0", "\\boxed{3}"), ("v1", 40 * "1", "\\boxed{4}")):
+        (repository / "refs" / name).write_text(commit)
+        save_parrot(repository / "snapshots" / commit, answer, "<|im_end|>")
+    base = AutoModelForCausalLM.from_pretrained(repository / "snapshots" / (40 * "1"))
+    adapter = get_peft_model(base, LoraConfig(target_modules=["q_proj"]))
+    adapter.peft_config["default"].base_model_name_or_path = "owner/parrot"
+    adapter.save_pretrained(tmp_path / "adapter")
+    completions = evaluate_from_hub(["owner/parrot", str(tmp_path / "adapter")], "--revision", "v1")
+    assert completions == ["\\boxed{4}", "\\boxed{4}"]
+
+
+REMOTE_CODE = """
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+
+class ParrotConfig(Qwen3Config):
+    model_type = "remote_parrot"
+
+
+class ParrotForCausalLM(Qwen3ForCausalLM):
+    config_class = ParrotConfig
+"""
+
+
+def test_a_checkpoint_with_its_own_code(evaluate_from_hub, tmp_path):
+    path = save_parrot(tmp_path / "parrot", "\\boxed{3}", "<|im_end|>")
+    (tmp_path / "parrot" / "parrot.py").write_text(REMOTE_CODE)
+    config_file = tmp_path / "parrot" / "config.json"
+    auto_map = {"AutoConfig": "parrot.ParrotConfig", "AutoModelForCausalLM": "parrot.ParrotForCausalLM"}
+    own = {"model_type": "remote_parrot", "architectures": ["ParrotForCausalLM"], "auto_map": auto_map}
+    config_file.write_text(json.dumps({**json.loads(config_file.read_text()), **own}))
+    assert evaluate_from_hub([path], "--trust_remote_code") == ["\\boxed{3}"]
 
 
 def test_bootstrap_interval():

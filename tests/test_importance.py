@@ -1,7 +1,11 @@
 """GSPO-token's ratio against the paper's own loss and gradient."""
 
+import warnings
+
+import pytest
 import torch
 
+from gndpo_trl.config import check_loss_and_level
 from gndpo_trl.objective.importance import MAX_LOG_RATIO, sequence_token_logps
 
 
@@ -48,3 +52,72 @@ def test_the_log_ratio_is_capped_and_then_has_no_gradient():
     new_logps, new_old = sequence_token_logps(logps, old, torch.ones(1, 2))
     assert torch.equal(new_logps - new_old, torch.full((1, 2), MAX_LOG_RATIO))
     assert not new_logps.requires_grad or torch.autograd.grad(new_logps.sum(), logps)[0].abs().sum() == 0
+
+
+# Losses that make a ratio of their own
+
+
+@pytest.fixture
+def loss_and_gradient(make_trainer):
+    """`loss_and_gradient(loss_type, level)` on a rollout of an older student; "sequence" is TRL's own."""
+
+    def compute(loss_type: str, level: str) -> tuple[torch.Tensor, torch.Tensor]:
+        trainer = make_trainer(loss_type=loss_type)
+        trainer.model.train()
+        torch.manual_seed(0)
+        rollout = trainer._generate_and_score_completions([trainer.train_dataset[index // 2] for index in range(8)])
+        logps = trainer._per_token_logps(trainer.model, rollout)
+        rollout["old_per_token_logps"] = logps + 0.1 * torch.randn(logps.shape)
+        if loss_type == "luspo":  # TRL's sequence ratio has one advantage per row
+            rollout["advantages"] = torch.randn(8)
+        trainer._is_sequence_token = level == "sequence_token"
+        trainer.importance_sampling_level = "sequence" if level == "sequence" else "token"
+        trainer.current_gradient_accumulation_steps = 1  # set by `train`
+        loss = trainer._compute_loss(trainer.model, rollout)
+        loss.backward()
+        gradient = torch.cat([parameter.grad.flatten() for parameter in trainer.model.parameters()])
+        return loss.detach(), gradient
+
+    return compute
+
+
+@pytest.mark.parametrize("other_level, is_equal", [("sequence", True), ("token", False)])
+def test_sequence_token_is_the_ratio_of_luspo(loss_and_gradient, other_level, is_equal):
+    loss, gradient = loss_and_gradient("luspo", "sequence_token")
+    other_loss, other_gradient = loss_and_gradient("luspo", other_level)
+    assert torch.allclose(loss, other_loss, rtol=1e-5) == is_equal
+    assert torch.allclose(gradient, other_gradient, rtol=1e-4, atol=1e-6) == is_equal
+    assert gradient.abs().max() > 1e-2
+
+
+def test_vespo_is_the_same_at_either_level(loss_and_gradient):
+    loss, gradient = loss_and_gradient("vespo", "sequence_token")
+    other_loss, other_gradient = loss_and_gradient("vespo", "token")
+    torch.testing.assert_close(loss, other_loss)
+    torch.testing.assert_close(gradient, other_gradient)
+    assert gradient.abs().max() > 1e-2
+
+
+def test_a_level_that_does_not_fit_the_loss_is_warned_about():
+    with pytest.warns(UserWarning, match='`importance_sampling_level` is "token".*"luspo".*Set "sequence_token"'):
+        check_loss_and_level("luspo", "token")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for loss in ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "vespo"):
+            for level in ("sequence_token", "token"):
+                check_loss_and_level(loss, level)
+        check_loss_and_level("luspo", "sequence_token")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_type": "luspo"},
+        {"loss_type": "vespo"},
+        {"loss_type": "luspo", "importance_sampling_level": "token"},
+    ],
+)
+@pytest.mark.filterwarnings("ignore:`importance_sampling_level`")
+def test_trl_does_not_advise_levels_that_are_refused_or_make_no_difference(make_trainer, caplog, options):
+    make_trainer(**options)
+    assert not [record for record in caplog.records if "importance_sampling_level" in record.getMessage()]

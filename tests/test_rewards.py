@@ -94,6 +94,21 @@ def test_conversational_and_plain_completions_with_metrics():
     assert boxed_accuracy_reward(completions=messages, solution=solutions, prompts=[None] * 4) == expected
 
 
+def test_messages_are_scored_on_their_text():
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {}}}]}
+    parts = [{"type": "text", "text": r"It is \boxed{3"}, {"type": "image"}, {"type": "text", "text": "}"}]
+    completions = [
+        [call],
+        [{**call, "content": None}],
+        [{"role": "assistant", "content": r"\boxed{3}"}, {"role": "tool", "name": "add", "content": "4"}, call],
+        [{"role": "assistant", "content": parts}],
+        [],
+    ]
+    logged = {}
+    assert boxed_accuracy_reward(completions, ["3"] * 5, log_metric=logged.__setitem__) == [0, 0, 0, 1, 0]
+    assert logged["unparsed/answers"] == 0.8
+
+
 def test_an_answer_that_would_take_forever_ends_as_wrong(monkeypatch):
     monkeypatch.setattr(rewards, "TIMEOUT", 1)
     start = time.perf_counter()

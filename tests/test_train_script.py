@@ -129,6 +129,42 @@ def test_bad_input_is_named(command, text_dataset, tmp_path, options, message):
         run(command(tmp_path / "data", *options))
 
 
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        (
+            "exact_reward.match",
+            "`reward_funcs` names 'exact_reward.match', but there is no module 'exact_reward'.*working dir",
+        ),
+        ("gndpo_trl.reward.exact", "names 'gndpo_trl.reward.exact', but there is no module 'gndpo_trl.reward'"),
+        (
+            "exact_rewards.exact_macth",
+            "module 'exact_rewards' has no function 'exact_macth'. Did you mean 'exact_match'",
+        ),
+        ("exact_rewards.zzz", "module 'exact_rewards' has no function 'zzz'. Correct the name"),
+        ("exact_rewards.LIMIT", "module 'exact_rewards' has no function 'LIMIT'"),
+        ("exact_rewards.", "module 'exact_rewards' has no function ''"),
+        (".exact_rewards.exact_match", "names '.exact_rewards.exact_match'. Choose one of"),
+    ],
+)
+def test_mistyped_rewards_are_named_before_anything_is_loaded(command, tmp_path, monkeypatch, name, message):
+    (tmp_path / "exact_rewards.py").write_text(
+        "LIMIT = 1\n\n\ndef exact_match(completions, **kwargs):\n    return []\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match=message):
+        run(command("./nowhere", "--reward_funcs", name))
+
+
+def test_a_reward_module_that_lacks_a_package_says_so(command, tmp_path, monkeypatch):
+    (tmp_path / "needy_rewards.py").write_text("import no_such_package\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+        run(command("./nowhere", "--reward_funcs", "needy_rewards.exact_match"))
+
+
 def test_an_unknown_key_in_a_recipe_is_named(command, tmp_path):
     arguments = command("nowhere")
     for key, message in [("score_clamp", "Did you mean `score_clip`"), ("zzz", "`zzz`, which is not a field.*Remove")]:

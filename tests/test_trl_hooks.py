@@ -1,5 +1,6 @@
 """Each thing that we rely on in TRL without a promise. A failure here says what TRL changed; start reading there."""
 
+import contextlib
 import inspect
 import re
 
@@ -7,6 +8,7 @@ import tiny_models
 import torch
 import trl
 from trl import GRPOConfig, GRPOTrainer
+from trl.rewards import think_format_reward
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
 
 from gndpo_trl import GNDPOTrainer
@@ -50,6 +52,17 @@ def test_the_loss_reads_old_logps_after_the_forward_pass():
 def test_the_token_level_ratio_is_where_sequence_token_needs_it():
     source = inspect.getsource(GRPOTrainer._compute_loss)
     assert 'self.importance_sampling_level == "token"' in source, "TRL's token-level ratio has moved"
+
+
+def test_advice_on_levels_is_what_we_keep_back(make_config, checkpoints, text_dataset, caplog):
+    for loss_type, level in (("luspo", "token"), ("vespo", "sequence")):
+        config = make_config(GRPOConfig, loss_type=loss_type, importance_sampling_level=level)
+        for is_kept_back in (False, True):
+            caplog.clear()
+            with trl_hooks.without_advice_on_levels() if is_kept_back else contextlib.nullcontext():
+                GRPOTrainer(checkpoints["qwen3-student"], think_format_reward, args=config, train_dataset=text_dataset)
+            advice = [record for record in caplog.records if "importance_sampling_level" in record.getMessage()]
+            assert bool(advice) != is_kept_back
 
 
 def test_the_kinds_of_losses_are_the_known_ones():

@@ -6,6 +6,7 @@ import torch
 
 from ..objective.importance import sequence_token_logps
 from .microbatches import loss_mask
+from .trl_hooks import without_advice_on_levels
 
 
 class SequenceTokenMixin:
@@ -17,7 +18,8 @@ class SequenceTokenMixin:
     """
 
     def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+        with without_advice_on_levels():
+            super().__init__(*args, **kwargs)
         self._is_sequence_token = self.importance_sampling_level == "sequence_token"
         if self._is_sequence_token:
             self.importance_sampling_level = "token"

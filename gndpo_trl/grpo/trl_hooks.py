@@ -3,6 +3,7 @@
 `tests/test_trl_hooks.py` checks each of them against the installed TRL and says which one changed.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -38,6 +39,7 @@ __all__ = [
     "real_tokens_in_lm_head",
     "split_pixel_values_by_grid",
     "unsplit_pixel_values_by_grid",
+    "without_advice_on_levels",
 ]
 
 # Methods of `GRPOTrainer` that the mixins of this folder and `GNDPOTrainer` override, calling `super()`.
@@ -136,3 +138,23 @@ def real_tokens_in_lm_head(device: torch.device) -> Iterator[None]:
         yield
     finally:
         trl.trainer.utils._use_triton = asks
+
+
+@contextmanager
+def without_advice_on_levels() -> Iterator[None]:
+    """
+    Keep back what TRL says about `importance_sampling_level` while it constructs a trainer for some losses.
+
+    It knows no "sequence_token" and advises "sequence", which is refused here, for "luspo", and "token", which makes no
+    difference, for "vespo". What is to be said about them, `check_loss_and_level` says.
+    """
+    logger = logging.getLogger("trl.trainer.grpo_trainer")
+
+    def is_other(record: logging.LogRecord) -> bool:
+        return "`importance_sampling_level` should be set" not in record.getMessage()
+
+    logger.addFilter(is_other)
+    try:
+        yield
+    finally:
+        logger.removeFilter(is_other)
