@@ -133,6 +133,12 @@ class LocalTeacher(Teacher):
         # Sharding needs device_map=None ("auto" fails), and offloaded weights have to stay on the CPU.
         if self.offload or accelerator.distributed_type in ["MULTI_GPU", "DEEPSPEED", "FSDP"]:
             init_kwargs["device_map"] = None
+        if accelerator.distributed_type == "DEEPSPEED":
+            # ZeRO-3 shards while it loads, and counts one process until DeepSpeed has been told of the others: a
+            # student that is not loaded that way (a quantized one) has not done so.
+            import deepspeed
+
+            deepspeed.init_distributed(dist_backend=torch.distributed.get_backend())
         return create_model_from_path(self.model, **init_kwargs)
 
     def _check_offload(self, accelerator: Accelerator) -> None:
