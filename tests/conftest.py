@@ -1,5 +1,6 @@
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,20 @@ from gndpo_trl import GNDPOConfig, GNDPOTrainer
 
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Tests of several processes that are launched alike go to one worker, where they share their processes."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    # Not by pytest-xdist's marks: its 3.8 ignores them silently under pytest 9.2.
+    class LaunchScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            launched = re.search(r"distributed/.*\[.*?(ddp|fsdp2|zero\d)", nodeid)
+            return launched[1] if launched else nodeid
+
+    return LaunchScheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -303,6 +303,7 @@ def test_a_text_model_does_not_measure_images(checkpoints, geometry):
         prepare_questions(geometry["train"], "train", processor=tokenizer)
 
 
+@pytest.mark.processes
 def test_command_line(checkpoints, geometry, tmp_path):
     geometry.save_to_disk(tmp_path / "source")
     source_files = sorted((tmp_path / "source").rglob("*"))

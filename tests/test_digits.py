@@ -72,6 +72,7 @@ def test_only_the_last_box_counts(text, correct):
     assert digits_data.sum_reward([[{"role": "assistant", "content": text}]], ["8"]) == [float(correct)]
 
 
+@pytest.mark.processes
 def test_the_demo_runs_on_barely_trained_models(splits, tmp_path):
     """The whole command, with models of a few steps in place of the cached ones: everything but the accuracies."""
     splits.save_to_disk(tmp_path / "data-seed3")

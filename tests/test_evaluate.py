@@ -94,6 +94,7 @@ def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.processes
 def test_checkpoints_compared_on_the_command_line(text_data, tmp_path):
     right = save_parrot(tmp_path / "right" / "out", "<think>", "one", "</think>", "\\boxed{3}", "<|im_end|>")
     wrong = save_parrot(tmp_path / "wrong" / "out", "\\boxed{4}", "<|im_end|>")

@@ -1,6 +1,7 @@
 """The notebook, executed from top to bottom on tiny models and drawn geometry problems."""
 
 import json
+import os
 from pathlib import Path
 
 import nbformat
@@ -34,6 +35,7 @@ def test_the_committed_notebook_has_no_outputs(notebook):
         assert cell.outputs == [] and cell.execution_count is None, name
 
 
+@pytest.mark.processes
 def test_every_cell_runs(notebook, checkpoints, tmp_path, monkeypatch):
     data, folder = tmp_path / "data", tmp_path / "examples" / "notebooks"
     data.mkdir()
@@ -50,7 +52,7 @@ def test_every_cell_runs(notebook, checkpoints, tmp_path, monkeypatch):
         "IPYTHONDIR": str(tmp_path / "ipython"),
         "JUPYTER_RUNTIME_DIR": str(tmp_path / "jupyter"),
         "MPLBACKEND": "inline",
-        "PYTHONPATH": str(Path(__file__).parent),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]),
     }
     for name, value in variables.items():
         monkeypatch.setenv(name, value)

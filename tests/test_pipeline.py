@@ -50,6 +50,7 @@ def run(tmp_path):
     return run
 
 
+@pytest.mark.processes
 def test_from_problems_to_the_table(run, tmp_path, checkpoints):
     build_geometry(num_train=16, num_test=4).save_to_disk(tmp_path / "source")
     student, teacher = checkpoints["internvl-student"], checkpoints["internvl-teacher"]

@@ -55,6 +55,7 @@ def log_history(output_dir: Path, step: int) -> list[dict]:
     return json.loads((output_dir / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
 
 
+@pytest.mark.processes
 def test_launched_with_accelerate(command, text_dataset, tmp_path):
     DatasetDict(train=text_dataset, test=text_dataset).save_to_disk(tmp_path / "data")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--mixed_precision", "no"]

@@ -1,13 +1,8 @@
-"""Launched by the tests in one process or several: the first gradient of every loss, with TRL's padding and without it.
+"""A job of `worker.py`: the first gradient of every loss, with TRL's padding and without it.
 
-Usage: `accelerate launch ... run_losses.py SPEC.json`; the specification is that of `run_training.py`, and the report of
-each rank holds, for every loss, the largest entry of the gradient and the largest difference to TRL's padding.
+Its specification is that of `run_training.py`, and the report of each rank holds, for every loss, the largest entry of the
+gradient and the largest difference to TRL's padding.
 """
-
-import json
-import os
-import sys
-from pathlib import Path
 
 import torch
 from datasets import Dataset
@@ -61,8 +56,7 @@ def first_gradient(spec: dict, options: dict) -> tuple[dict[str, torch.Tensor], 
     return gradients, lengths
 
 
-def main(spec: dict) -> None:
-    torch.set_num_threads(1)
+def compare_losses(spec: dict) -> dict:
     report = {}
     for name, options in CASES.items():
         padded, _ = first_gradient(spec, {**options, "pad_to_multiple_of": 1})
@@ -72,14 +66,4 @@ def main(spec: dict) -> None:
             "difference": max((found[key] - gradient).abs().max().item() for key, gradient in padded.items()),
             "lengths": lengths,
         }
-    rank = int(os.environ.get("RANK", 0))
-    Path(spec["report"], f"rank{rank}.json").write_text(json.dumps(report))
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # see run_training.py
-
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))
+    return report

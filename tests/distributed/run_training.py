@@ -1,14 +1,11 @@
-"""Launched by the tests in several processes: one training run on canned completions, and what each rank saw of it.
+"""A job of `worker.py`: one training run on canned completions, and what each rank saw of it.
 
-Usage: `accelerate launch ... run_training.py SPEC.json`, where the specification holds `model`, `teacher`, `config` (the
-fields of GNDPOConfig), `report` (the folder for `rank{N}.json`), and optionally `completions` (token ids of the one
-completion of each prompt; without them the student samples), `images` (whether prompts have one), `lora` (true or
-"4bit"), `resume`, `save` (a folder), `fail` (what shall go wrong on the last rank) and `fsdp` (see below).
+Its specification holds `model`, `teacher`, `config` (the fields of GNDPOConfig), and optionally `completions` (token ids
+of the one completion of each prompt; without them the student samples), `images` (whether prompts have one), `lora` (true
+or "4bit"), `resume`, `save` (a folder), `fail` (what shall go wrong on the last rank) and `fsdp` (see below).
 """
 
 import io
-import json
-import os
 import sys
 from pathlib import Path
 
@@ -74,8 +71,7 @@ def open_broken_image(rows: dict) -> dict:
     return {**rows, "images": [[Image.open(io.BytesIO(b"not an image"))] for _ in rows["prompt"]]}
 
 
-def main(spec: dict) -> None:
-    torch.set_num_threads(1)
+def train(spec: dict) -> dict:
     if spec.get("fsdp"):
         offer_fsdp_on_cpus()
     config = GNDPOConfig(**spec["config"])
@@ -94,7 +90,6 @@ def main(spec: dict) -> None:
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if spec.get("lora") else None,
         quantization_config=quantization_config if spec.get("lora") == "4bit" else None,
     )
-    rank = trainer.accelerator.process_index
     fail = spec.get("fail") if trainer.accelerator.is_last_process else None
     if fail == "teacher":
         score = trainer.teacher.score
@@ -131,7 +126,7 @@ def main(spec: dict) -> None:
     if hasattr(engine, "zero_optimization_partition_weights") and engine.zero_optimization_partition_weights():
         buckets = [engine.zero_reduce_bucket_size(), engine.zero_prefetch_bucket_size()]
         buckets += [engine.zero_param_persistence_threshold()]
-    report = {
+    return {
         "advantages": advantages,
         "teacher_buckets": buckets,
         "num_4bit_layers": sum(type(module).__name__ == "Linear4bit" for module in trainer.model.modules()),
@@ -142,14 +137,3 @@ def main(spec: dict) -> None:
         "distributed_type": str(trainer.accelerator.distributed_type),
         "num_processes": trainer.accelerator.num_processes,
     }
-    Path(spec["report"], f"rank{rank}.json").write_text(json.dumps(report))
-    trainer.accelerator.wait_for_everyone()
-    # Without tearing the process group down: now and then gloo's threads abort a process that does so
-    # ("terminate called without an active exception"), after all of its work is done.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
-
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))

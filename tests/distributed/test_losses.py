@@ -19,7 +19,7 @@ def test_gradients_are_those_of_padded_micro_batches(launch, accelerate_config, 
         accelerate_config,
         family,
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": steps},
-        worker="run_losses.py",
+        task="losses",
         completions=COMPLETIONS,
     )
     assert run.returncode == 0, run.output

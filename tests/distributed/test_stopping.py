@@ -1,0 +1,109 @@
+"""Launches that end early: by a signal (and are resumed), by a rank that fails, by a mistake in the launch itself.
+
+They come after the other files' tests, whose processes they end.
+"""
+
+import json
+import signal
+import time
+
+import pytest
+import torch
+from conftest import ADAMW, FOUR_STEPS, ROOT
+from safetensors.torch import load_file
+
+
+@pytest.mark.parametrize("accelerate_config", ["ddp", "zero2"])
+def test_sigterm_saves_a_checkpoint_on_all_ranks_and_ends(launch, accelerate_config):
+    config = {**ADAMW, "max_steps": 100_000, "save_strategy": "steps", "save_steps": 50_000}
+    job = launch.begin(accelerate_config, config={**config, "enable_jit_checkpoint": True}, save=None, last=True)
+    deadline = time.monotonic() + 300
+    while "score/mean" not in job.output:
+        assert job.process.poll() is None and time.monotonic() < deadline, job.output
+        time.sleep(0.5)
+    job.process.send_signal(signal.SIGTERM)  # as a scheduler does; the launcher passes it on to its workers
+    job.process.wait(timeout=60)
+    (checkpoint,) = (job.folder / "out").glob("checkpoint-*")
+    assert not (checkpoint / "checkpoint-is-incomplete.txt").exists(), job.output
+    assert len(list(checkpoint.glob("rng_state_*.pth"))) == 2
+    assert len(list(job.folder.glob("rank*.json"))) == 2, job.output  # both came to the end of the run
+    step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    resumed = launch(accelerate_config, config={**config, "max_steps": step + 1}, resume=str(checkpoint))
+    assert resumed.returncode == 0 and resumed.reports[0]["global_step"] == step + 1, resumed.output
+
+
+@pytest.mark.parametrize("accelerate_config", ["ddp", "zero3"])
+@pytest.mark.parametrize(
+    "fail, family, message",
+    [
+        ("teacher", "qwen3", "The teacher gave non-finite log-probs"),
+        ("image", "internvl", "cannot identify image file"),
+    ],
+)
+def test_a_rank_that_fails_brings_the_job_down_with_its_message(launch, accelerate_config, fail, family, message):
+    start = time.monotonic()
+    run = launch(accelerate_config, family, {"per_device_train_batch_size": 2}, fail=fail)
+    assert run.returncode != 0
+    assert message in run.output
+    assert not run.reports  # nobody finished
+    assert time.monotonic() - start < 60 + 30  # a minute after a start of less than 30 seconds
+
+
+@pytest.mark.parametrize("accelerate_config", ["ddp", "zero2", "zero3"])
+def test_resuming_ends_in_the_weights_of_the_uninterrupted_run(launch, uninterrupted, accelerate_config):
+    """With sampled completions, from the middle of a generation batch, by new processes."""
+    whole = uninterrupted(accelerate_config)
+    launch.stop()
+    checkpoint = whole.folder / "out" / "checkpoint-3"
+    resumed = launch(accelerate_config, config=FOUR_STEPS, resume=str(checkpoint))
+    assert resumed.returncode == 0, resumed.output
+    assert resumed.reports[0]["global_step"] == 4
+    expected = load_file(whole.folder / "saved" / "model.safetensors")
+    found = load_file(resumed.folder / "saved" / "model.safetensors")
+    for name, weight in expected.items():
+        assert torch.equal(found[name], weight), name
+
+
+@pytest.mark.parametrize("accelerate_config", ["ddp"])
+def test_a_world_size_that_does_not_divide_the_generation_batch(launch, accelerate_config):
+    run = launch(accelerate_config, config={"per_device_train_batch_size": 2, "generation_batch_size": 6})
+    assert run.returncode != 0
+    assert "generation_batch_size (6) must be divisible by the global batch size (4)" in run.output
+    assert "Loading weights" not in run.output
+
+
+@pytest.mark.parametrize(
+    "accelerate_config, right, wrong, message",
+    [
+        (
+            "zero3",
+            "zero3_save_16bit_model: true",
+            "zero3_save_16bit_model: false",
+            "`zero3_save_16bit_model: true` is",
+        ),
+        ("fsdp2", "FULL_STATE_DICT", "SHARDED_STATE_DICT", "Set `fsdp_state_dict_type: FULL_STATE_DICT`"),
+    ],
+)
+def test_saving_shards_alone_is_refused_at_the_start(launch, tmp_path, accelerate_config, right, wrong, message):
+    text = (ROOT / "recipes" / "accelerate" / "cpu" / f"{accelerate_config}.yaml").read_text()
+    assert right in text
+    (tmp_path / "wrong.yaml").write_text(text.replace(right, wrong))
+    config = {"per_device_train_batch_size": 2, "save_strategy": "steps"}
+    run = launch(str(tmp_path / "wrong.yaml"), config=config, fsdp=accelerate_config == "fsdp2")
+    assert run.returncode != 0
+    assert message in run.output and "Loading weights" not in run.output
+
+
+@pytest.mark.parametrize("accelerate_config", ["fsdp2"])
+def test_fsdp_on_cpus_is_refused_instead_of_running_something_else(launch, accelerate_config):
+    launch.stop()  # those that pass for accelerators
+    run = launch(accelerate_config, config={"per_device_train_batch_size": 2})
+    assert run.returncode != 0
+    assert "FSDP was asked for on CPUs" in run.output and "Loading weights" not in run.output
+
+
+@pytest.mark.parametrize("accelerate_config", ["zero3"])
+def test_a_sharded_teacher_is_not_offloaded_by_hand(launch, accelerate_config):
+    run = launch(accelerate_config, config={"teacher_offload": True})
+    assert run.returncode != 0
+    assert "`teacher_offload` is True" in run.output and "offload_param_device: cpu" in run.output

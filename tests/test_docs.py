@@ -1,0 +1,222 @@
+"""Every code block and command of the documentation, through the parsers that would read it; none is left out."""
+
+import argparse
+import ast
+import configparser
+import importlib
+import itertools
+import json
+import re
+import runpy
+import shlex
+import string
+import sys
+from pathlib import Path
+
+import pytest
+import train_gndpo
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+from torch.distributed.run import get_args_parser
+
+
+ROOT = Path(__file__).parents[1]
+DOCS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+# Words that the reader replaces.
+PLACEHOLDERS = {"RECIPE": "recipes/text/gndpo.yaml", "$NODE_RANK": "0", "$FIRST_NODE": "localhost"}
+# Beginnings of commands of the shell and of other projects, whose parsers are not here.
+OTHERS = [
+    *("cd", "git clone", "vllm serve", "accelerate launch --num_processes 8 -m lmms_eval"),
+    *("python -m lmms_eval", "python run.py", "torchrun --nproc-per-node 8 run.py"),
+]
+COMMANDS = ("accelerate", "git", "lint-imports", "make", "pip", "pytest", "python", "ruff", "torchrun", "vllm")
+
+
+def read_blocks(path: Path) -> list[tuple[str, str]]:
+    """Language and text of the fenced blocks, and commands within sentences as blocks of one line."""
+    text = path.read_text()
+    fence = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+    blocks = [(language, code) for _, language, code in fence.findall(text)]
+    spans = re.findall(r"`([^`\n]+)`", fence.sub("", text))
+    return blocks + [("bash", span) for span in spans if span.split()[0] in COMMANDS and " " in span]
+
+
+BLOCKS = [
+    pytest.param(language, text, id=f"{path.name}-{number}-{language}")
+    for path in DOCS
+    for number, (language, text) in enumerate(read_blocks(path), start=1)
+]
+
+
+def expand_braces(word: str) -> list[str]:
+    match = re.search(r"\{([^{}]+,[^{}]+)\}", word)
+    if not match:
+        return [word]
+    alternatives = [word[: match.start()] + part + word[match.end() :] for part in match[1].split(",")]
+    return list(itertools.chain.from_iterable(map(expand_braces, alternatives)))
+
+
+def split_commands(script: str) -> list[list[str]]:
+    """The words of each command, as bash would pass them on. Anything but commands, assignments and loops is an error."""
+    script = script.replace("\\\n", " ")
+    for placeholder, value in PLACEHOLDERS.items():
+        script = script.replace(placeholder, value)
+
+    def unroll(loop: re.Match) -> str:
+        return "".join(loop[3].replace(f"${loop[1]}", value) for value in loop[2].split())
+
+    script = re.sub(r"^for (\w+) in (.*?); do\n(.*?)^done$", unroll, script, flags=re.MULTILINE | re.DOTALL)
+    variables, commands = {}, []
+    for line in script.splitlines():
+        words = shlex.split(string.Template(line).safe_substitute(variables), comments=True)
+        words = words[1:] if words[:1] == ["export"] else words
+        while words and (assignment := re.fullmatch(r"(\w+)=(.*)", words[0])):
+            variables[assignment[1]] = assignment[2]
+            words = words[1:]
+        if words:
+            commands.append([part for word in words for part in expand_braces(word)])
+    return commands
+
+
+def check_training(arguments: list[str]) -> None:
+    if "--deepspeed" in arguments:  # parsed, it would start a process group
+        at = arguments.index("--deepspeed")
+        json.loads((ROOT / arguments[at + 1]).read_text())
+        arguments = arguments[:at] + arguments[at + 2 :]
+    train_gndpo.parse_arguments([*arguments, "--use_cpu", "True", "--output_dir", "nowhere"])
+
+
+class Parsed(Exception):
+    pass
+
+
+def check_script(path: str, arguments: list[str], monkeypatch) -> None:
+    """Run a script up to the point where it has parsed its arguments."""
+    parse_known_args = argparse.ArgumentParser.parse_known_args
+
+    def parse_and_stop(parser, *args, **kwargs):
+        _, unknown = parse_known_args(parser, *args, **kwargs)
+        assert not unknown, f"{path} does not know {unknown}"
+        raise Parsed
+
+    with monkeypatch.context() as context:
+        context.setattr(sys, "argv", [path, *arguments])
+        context.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop)
+        with pytest.raises(Parsed):
+            runpy.run_path(path, run_name="__main__")
+
+
+def check_install(requirements: list[str]) -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    for requirement in requirements:
+        name, extras = re.fullmatch(r"([\w.-]+)(?:\[([\w,]+)\])?", requirement).groups()
+        assert name in (".", config["metadata"]["name"]), requirement
+        for extra in extras.split(",") if extras else []:
+            assert extra in config["options.extras_require"], extra
+
+
+def check_make(arguments: list[str]) -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for argument in arguments:
+        name, is_variable, _ = argument.partition("=")
+        assert re.search(rf"^{name} \?=" if is_variable else rf"^{name}:", makefile, re.MULTILINE), argument
+
+
+def check_pytest(arguments: list[str], pytestconfig) -> None:
+    tests = pytestconfig._parser.parse_known_args([*arguments]).file_or_dir
+    assert tests or "-m" in arguments, "this would run all tests"
+    for test in tests:
+        path, *names = test.split("::")
+        text = (ROOT / path).read_text() if names else (ROOT / path).exists()
+        assert all(re.search(rf"^def {name}\b", text, re.MULTILINE) for name in names) if names else text, test
+
+
+def check_command(words: list[str], monkeypatch, pytestconfig) -> None:
+    if any(words[: len(other.split())] == other.split() for other in OTHERS):
+        return
+    match words:
+        case ["accelerate", "launch", *arguments]:
+            launch = launch_command_parser().parse_args(arguments)
+            load_config_from_file(launch.config_file)
+            assert launch.training_script == "examples/train_gndpo.py"
+            check_training(launch.training_script_args)
+        case ["torchrun", *arguments]:
+            launch = get_args_parser().parse_args(arguments)
+            assert launch.training_script == "examples/train_gndpo.py"
+            check_training(launch.training_script_args)
+        case ["python" | ".venv/bin/python", "-m", "pytest", *arguments]:
+            check_pytest(arguments, pytestconfig)
+        case ["python" | ".venv/bin/python", script, *arguments] if script.startswith(("examples/", "benchmarks/")):
+            check_script(script, arguments, monkeypatch)
+        case ["make", *arguments]:
+            check_make(arguments)
+        case ["pip", "install", *requirements]:
+            check_install([requirement for requirement in requirements if requirement != "-e"])
+        case _:
+            pytest.fail(f"No check for the command: {shlex.join(words)}")
+
+
+def check_python(code: str) -> None:
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                importlib.import_module(alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name), f"{node.module} has no {alias.name}"
+
+
+@pytest.mark.parametrize("language, text", BLOCKS)
+def test_blocks_and_commands_are_ones_that_their_readers_understand(language, text, monkeypatch, pytestconfig):
+    monkeypatch.chdir(ROOT)
+    match language:
+        case "bash":
+            for words in split_commands(text):
+                check_command(words, monkeypatch, pytestconfig)
+        case "text":  # what a terminal shows
+            for prompt in re.findall(r"^\$ (.*)$", text, re.MULTILINE):
+                for words in split_commands(prompt):
+                    check_command(words, monkeypatch, pytestconfig)
+        case "python":
+            check_python(text)
+        case "diff":
+            for side in "-+":
+                check_python("".join(line[1:] for line in text.splitlines(True) if line[0] in (" ", side)))
+        case "json":
+            json.loads(text if text.startswith("{") else f"{{{text}}}")
+        case "yaml":
+            yaml.safe_load(text)
+        case "bibtex":
+            check_citation(text)
+        case _:
+            pytest.fail(f"No check for a block of {language or 'no language'}:\n{text}")
+
+
+def check_citation(entry: str) -> None:
+    paper = yaml.safe_load((ROOT / "CITATION.cff").read_text())["preferred-citation"]
+    assert paper["title"] in entry and str(paper["year"]) in entry
+    identifiers = [identifier["value"].removeprefix("arXiv:") for identifier in paper["identifiers"]]
+    assert all(identifier in entry for identifier in identifiers)
+    for author in paper["authors"]:
+        assert author.get("name") == "others" or f"{author['given-names']} {author['family-names']}" in entry
+
+
+@pytest.mark.parametrize(
+    "language, text, message",
+    [
+        ("bash", "pythn examples/evaluate.py", "No check for the command: pythn"),
+        ("bash", "make tset", "tset"),
+        ("bash", "pip install -e '.[maths]'", "maths"),
+        ("bash", "python benchmarks/memory_table.py --gpu-count 8", "gpu-count"),
+        ("bash", "if true; then\n    make test\nfi", "No check for the command: if"),
+        ("python", "from gndpo_trl import GNDPOTrain", "GNDPOTrain"),
+        ("", "anything", "No check for a block of no language"),
+    ],
+)
+def test_what_nobody_would_understand_is_named(language, text, message, monkeypatch, pytestconfig):
+    with pytest.raises((AssertionError, pytest.fail.Exception), match=message):
+        test_blocks_and_commands_are_ones_that_their_readers_understand(language, text, monkeypatch, pytestconfig)
