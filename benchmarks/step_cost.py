@@ -4,6 +4,7 @@ What one optimizer step of on-policy distillation costs once the completions are
     python benchmarks/step_cost.py --json runs/step_cost.json
 
     grpo          TRL's GRPOTrainer with a reward of zero: no teacher
+    gspo          GSPOTrainer with a reward of zero: no teacher either
     distillation  TRL's DistillationTrainer: reverse KL over the whole vocabulary, same teacher
     padded        GNDPO with TRL's padding and micro-batches (`pad_to_multiple_of=1`)
     gndpo         GNDPO
@@ -24,6 +25,7 @@ import os
 import statistics
 import sys
 import time
+import types
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,13 +44,14 @@ from transformers import (
 from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
+from gndpo_trl.gspo import GSPOConfig, GSPOTrainer
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny_models  # noqa: E402  the image-text pair's processor, which needs no torchvision
 
 
-ARMS = ("grpo", "distillation", "padded", "gndpo", "gndpo-logps")
+ARMS = ("grpo", "gspo", "distillation", "padded", "gndpo", "gndpo-logps")
 PHASES = ("teacher scoring", "student scoring", "loss + backward", "optimizer", "TRL's bookkeeping", "GNDPO's own")
 TEXT_TOKENS = 8000
 
@@ -217,6 +220,8 @@ def time_method(cls: type, name: str, get_phase) -> None:
 def forward_phase(trainer, model) -> str:
     if model is trainer.stopwatch.teacher:
         return "teacher scoring"
+    if isinstance(model, types.FunctionType):  # what GNDPO hands to TRL in place of the model, within a phase
+        return trainer.stopwatch.stack[-1]
     return "loss + backward" if torch.is_grad_enabled() else "student scoring"
 
 
@@ -227,9 +232,11 @@ def time_trainers() -> None:
         time_method(trainer, "_compute_loss", lambda *_: "loss + backward")
     time_method(GRPOTrainer, "_get_per_token_logps_and_entropies", forward_phase)
     time_method(DistillationTrainer, "_get_last_hidden_state", forward_phase)
-    for name in ("_prepare_inputs", "_generate_and_score_completions", "_compute_loss"):
-        time_method(GNDPOTrainer, name, lambda *_: "GNDPO's own")
-    time_method(GNDPOTrainer, "_get_per_token_logps_and_entropies", lambda *_: "GNDPO's own")
+    for trainer in (GNDPOTrainer, GSPOTrainer):
+        for name in ("_prepare_inputs", "_generate_and_score_completions", "_compute_loss"):
+            time_method(trainer, name, lambda *_: "GNDPO's own")
+        time_method(trainer, "_get_per_token_logps_and_entropies", lambda *_: "GNDPO's own")
+        time_method(trainer, "_forward", forward_phase)
 
 
 # ---- an arm: a trainer, its optimizer, and one step of it
@@ -239,7 +246,9 @@ class Arm:
     def __init__(self, name: str, size: str, args: argparse.Namespace, device: torch.device):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         student_shape, teacher_shape = SIZES[size]
-        config_class = {"grpo": GRPOConfig, "distillation": DistillationConfig}.get(name, GNDPOConfig)
+        has_teacher = name not in ("grpo", "gspo")
+        configs = {"grpo": GRPOConfig, "gspo": GSPOConfig, "distillation": DistillationConfig}
+        config_class = configs.get(name, GNDPOConfig)
         options = {
             "output_dir": "runs/step_cost",
             "use_cpu": device.type == "cpu",
@@ -255,14 +264,14 @@ class Arm:
             options["num_generations"] = args.num_generations
         if name == "padded":
             options["pad_to_multiple_of"] = 1
-        if name.startswith("gndpo"):
+        if name.startswith("gndpo") or name == "gspo":
             options["scoring_token_budget"] = args.scoring_token_budget
         if name == "gndpo-logps":
             options["use_sampling_logps"] = True
         sources = {"model": build_model(size, student_shape, dtype, seed=0)}
-        if name != "grpo":
+        if has_teacher:
             sources["teacher_model"] = build_model(size, teacher_shape, dtype, seed=1)
-        if name == "grpo":
+        if not has_teacher:
             sources["reward_funcs"] = lambda completions, **kwargs: [0.0] * len(completions)
         if name != "distillation":
             sources["rollout_func"] = self.rollout
@@ -270,7 +279,8 @@ class Arm:
         if config_class is GNDPOConfig:
             sources["teacher_processing_class"] = processing_class
         rows = [{"prompt": "w1"}] if not size.endswith("internvl") else draw_batch(size, "constant", args)[0][:1]
-        trainer_class = {"grpo": GRPOTrainer, "distillation": DistillationTrainer}.get(name, GNDPOTrainer)
+        trainers = {"grpo": GRPOTrainer, "gspo": GSPOTrainer, "distillation": DistillationTrainer}
+        trainer_class = trainers.get(name, GNDPOTrainer)
         self.trainer = trainer_class(
             args=config_class(**options),
             train_dataset=Dataset.from_list(rows),
@@ -423,6 +433,7 @@ def ratios(results: dict) -> dict:
             logps_seconds = arms["gndpo-logps"]["seconds"]["step"]
             table[lengths][f"gndpo_logps_vs_{name}"] = logps_seconds / arms[name]["seconds"]["step"]
             table[lengths][f"gndpo_vs_{name}_memory"] = gndpo["peak_bytes"] / arms[name]["peak_bytes"]
+        table[lengths]["gspo_vs_grpo"] = arms["gspo"]["seconds"]["step"] / arms["grpo"]["seconds"]["step"]
         table[lengths]["padded_per_real_token"] = gndpo["tokens"]["padded"] / gndpo["tokens"]["real"]
         table[lengths]["own_share_of_step"] = gndpo["seconds"]["GNDPO's own"] / gndpo["seconds"]["step"]
     return table

@@ -300,3 +300,11 @@ class GNDPOConfig(ExtendedGRPOConfig):
                 f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}): later steps have to know the "
                 "log-probs of the student that sampled. Switch it off, or raise `gradient_accumulation_steps`."
             )
+        if self.generation_batch_size == self.num_generations > 1 and self.advantage_normalization == "global":
+            warnings.warn(
+                f"A generation batch holds {self.num_generations} completions of a single prompt "
+                f"(`generation_batch_size` {self.generation_batch_size}, `num_generations` {self.num_generations}), so "
+                'that `advantage_normalization="global"` is the same as "group". For the statistics of many prompts, raise '
+                "`gradient_accumulation_steps` or `per_device_train_batch_size`, or lower `num_generations`.",
+                stacklevel=2,
+            )

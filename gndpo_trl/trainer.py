@@ -2,7 +2,7 @@
 
 import textwrap
 from collections.abc import Callable
-from os import PathLike
+from os import PathLike, fspath
 from typing import Any
 
 import torch
@@ -95,7 +95,7 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
 
     def __init__(
         self,
-        model: str | PreTrainedModel | PeftModel,
+        model: str | PathLike | PreTrainedModel | PeftModel,
         reward_funcs: Any = None,
         args: GNDPOConfig | None = None,
         train_dataset: Dataset | IterableDataset | None = None,
@@ -117,6 +117,7 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
         teacher_model: str | PathLike | PreTrainedModel | Teacher | None = None,
         teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     ):
+        model = fspath(model) if isinstance(model, PathLike) else model
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GNDPOConfig(f"{model_name.split('/')[-1]}-GNDPO")

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gndpo_trl.objective import advantages as advantages_module
 from gndpo_trl.objective.advantages import (
     VARIANCE_EPSILON,
     compute_advantages,
@@ -137,6 +139,36 @@ def test_whitening_is_stable_for_a_variance_tiny_beside_the_mean(splits):
     assert advantages.dtype == torch.float32
     # The float64 answer, rounded once to float32: relative to each advantage, not only to the largest.
     torch.testing.assert_close(advantages.double(), exact, rtol=1e-4, atol=1e-8)
+
+
+class WithoutFloat64(TorchFunctionMode):
+    """The CPU as a device that has no float64, and hands tensors to a CPU that has."""
+
+    def __init__(self):
+        super().__init__()
+        self.handed_over = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function is torch.Tensor.cpu:
+            result = result.clone()
+            self.handed_over.append(result)
+        elif function is torch.Tensor.double and not any(tensor is args[0] for tensor in self.handed_over):
+            assert args[0].dtype in (torch.bool, torch.int64) or args[0].dtype == torch.float64, "no float64 here"
+        return result
+
+
+def test_devices_without_float64_get_the_same_accuracy(monkeypatch):
+    scores = (4.9 + 1e-3 * torch.randn(100, 1000, generator=torch.Generator().manual_seed(0))).float()
+    mask = torch.ones_like(scores)
+    expected, _ = compute_advantages(scores, mask)
+    monkeypatch.setattr(advantages_module, "DEVICES_WITHOUT_FLOAT64", ("cpu",))
+    with WithoutFloat64() as mode:
+        found, undefined = compute_advantages(scores, mask)
+    assert torch.equal(found, expected) and not undefined.any() and len(mode.handed_over) >= 2
+    monkeypatch.undo()
+    with pytest.raises(AssertionError, match="no float64 here"), WithoutFloat64():
+        compute_advantages(scores, mask)
 
 
 def test_std_floor_limits_the_blow_up_of_rounding_noise():

@@ -1,16 +1,21 @@
 """Teachers of a user's own: what the protocol gives them, and what the trainer makes of their answers."""
 
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from test_trainer import gradients, make_rollout
 from transformers import AutoTokenizer, Qwen3ForCausalLM
+from trl.trainer.utils import _ChunkedLogProbFunction
 
 from gndpo_trl.grpo.rollouts import valid_tokens
-from gndpo_trl.teachers import LocalTeacher, Teacher
+from gndpo_trl.teachers import LocalTeacher, Teacher, local
+from gndpo_trl.teachers.offload import OffloadedWeights
 
 
 class ShortWords(Teacher):
@@ -206,3 +211,112 @@ def test_the_student_is_that_of_a_plain_run_whatever_teaches(make_trainer, check
     for teacher in (Qwen3ForCausalLM.from_pretrained(path), LocalTeacher(path)):
         found = gradients(make_trainer(max_steps=1, teacher_model=teacher))
         assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+# Where teachers come from
+
+
+def test_weights_that_student_and_teacher_share_are_refused(make_trainer, checkpoints):
+    base = Qwen3ForCausalLM.from_pretrained(checkpoints["qwen3-student"])
+    student = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    with pytest.raises(
+        ValueError, match=r"shares \d+ parameters with `model`.*scored through its adapters.*separately"
+    ):
+        make_trainer(model=student, teacher_model=base)
+    assert any(parameter.requires_grad for parameter in student.parameters()), "the adapters can still be trained"
+    wrapped = Qwen3ForCausalLM(base.config)
+    wrapped.model = base.model
+    with pytest.raises(ValueError, match=r"shares \d+ parameters"):
+        make_trainer(model=base, teacher_model=wrapped)
+
+
+def test_the_earlier_name_of_dtype_is_understood(make_trainer, checkpoints):
+    for name in ("dtype", "torch_dtype"):
+        trainer = make_trainer(teacher_model_init_kwargs={name: torch.bfloat16})
+        assert trainer.teacher.model.dtype == torch.bfloat16
+
+
+def test_the_teacher_follows_the_students_attention_and_head(make_trainer):
+    def settings(**options):
+        trainer = make_trainer(**options)
+        trainer.train()
+        return trainer.teacher.model.config._attn_implementation
+
+    assert settings(model_init_kwargs={"attn_implementation": "eager"}) == "eager"
+    assert settings(model_init_kwargs={"attn_implementation": "sdpa"}) == "sdpa"
+    own = {"attn_implementation": "eager"}
+    assert settings(model_init_kwargs={"attn_implementation": "sdpa"}, teacher_model_init_kwargs=own) == "eager"
+
+
+def test_the_teachers_head_computes_in_float32_where_the_students_does(make_trainer, monkeypatch):
+    dtypes = []
+    apply = _ChunkedLogProbFunction.apply
+    monkeypatch.setattr(
+        _ChunkedLogProbFunction, "apply", lambda hidden, *args: dtypes.append(hidden.dtype) or apply(hidden, *args)
+    )
+    trainer = make_trainer(cast_lm_head_to_fp32=True, teacher_model_init_kwargs={"dtype": torch.bfloat16})
+    rollout = make_rollout(trainer)
+    dtypes.clear()
+    trainer.teacher.per_token_logps(rollout)
+    assert set(dtypes) == {torch.float32}
+
+
+def test_a_teacher_folder_without_a_tokenizer_is_called_that(make_trainer, tmp_path):
+    model, tokenizer = tiny_models.build_qwen3(seed=1)
+    model.save_pretrained(tmp_path / "bare")
+    with pytest.raises(ValueError, match="`teacher_model` is .*bare', a folder without a tokenizer"):
+        make_trainer(teacher_model=str(tmp_path / "bare"))
+    options = {"teacher_processing_class": tokenizer}
+    make_trainer(teacher_model=str(tmp_path / "bare"), trainer_options=options)
+
+
+def test_a_loaded_teacher_whose_origin_is_gone_is_warned_about(make_trainer, tmp_path):
+    path = tiny_models.save(*tiny_models.build_qwen3(seed=1), tmp_path / "teacher")
+    teacher = Qwen3ForCausalLM.from_pretrained(path)
+    shutil.rmtree(path)
+    with pytest.warns(UserWarning, match="no longer there.*NOT checked.*`teacher_processing_class`"):
+        make_trainer(teacher_model=teacher)
+
+
+@pytest.mark.parametrize("path", ["./runs/teecher", "/no/such/folder", "nobody/no-such-model"])
+def test_a_mistyped_teacher_is_named(make_trainer, path):
+    with pytest.raises(ValueError, match=f"`teacher_model` is '{path}', but no model can be found there.*config.json"):
+        make_trainer(teacher_model=path)
+    with pytest.raises(ValueError, match=f"`model` is '{path}', but no model"):
+        make_trainer(model=path)
+
+
+def test_paths_may_be_path_objects(make_trainer, checkpoints):
+    trainer = make_trainer(model=Path(checkpoints["qwen3-student"]), teacher_model=Path(checkpoints["qwen3-teacher"]))
+    assert trainer.teacher.model.config.hidden_size == 48
+    trainer.train()
+
+
+def test_offloaded_weights_lie_in_few_blocks_and_visit(checkpoints):
+    model = Qwen3ForCausalLM.from_pretrained(checkpoints["qwen3-teacher"])
+    tied = model.lm_head.weight
+    inputs = torch.arange(10).view(1, 10)
+    expected = model(inputs).logits
+    weights = OffloadedWeights(model, torch.device("cpu"), block_bytes=2**14)
+    total = sum(parameter.numel() * 4 for parameter in model.parameters())
+    assert total / 2**14 <= len(weights.blocks) < 2 * total / 2**14
+    assert sum(len(block) for block in weights.blocks) < 1.1 * total
+    at_home = {parameter.data_ptr() for parameter in model.parameters()}
+    with weights.on_device():
+        assert torch.equal(model(inputs).logits, expected)
+    assert {parameter.data_ptr() for parameter in model.parameters()} == at_home
+    assert model.lm_head.weight is tied and torch.equal(model(inputs).logits, expected)
+    with pytest.raises(RuntimeError), weights.on_device():
+        raise RuntimeError
+    assert {parameter.data_ptr() for parameter in model.parameters()} == at_home
+
+
+def test_a_teacher_to_be_offloaded_is_never_loaded_onto_the_device(make_trainer, monkeypatch):
+    asked = []
+    load = local.create_model_from_path
+    monkeypatch.setattr(
+        local, "create_model_from_path", lambda path, **kwargs: asked.append(kwargs) or load(path, **kwargs)
+    )
+    make_trainer(teacher_offload=True)
+    make_trainer()
+    assert asked[0]["device_map"] is None and "device_map" not in asked[1]

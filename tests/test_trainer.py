@@ -7,7 +7,7 @@ import re
 import pytest
 import tiny_models
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig, Qwen3ForCausalLM
@@ -585,10 +585,3 @@ def test_images_dropped_by_trl_stop_the_run(make_trainer, monkeypatch):
 def test_images_are_not_ignored_by_a_text_student(make_trainer, image_dataset):
     with pytest.raises(ValueError, match="has the column 'images'.*no processor for images.*remove the column"):
         make_trainer("qwen3", trainer_options={"train_dataset": image_dataset})
-
-
-def test_rows_without_images_may_stand_beside_rows_with_images(make_trainer, image_dataset):
-    rows = [image_dataset[index] for index in range(8)]
-    rows[1]["images"] = rows[4]["images"] = []
-    trainer = make_trainer("qwen25vl", trainer_options={"train_dataset": Dataset.from_list(rows)})
-    trainer.train()

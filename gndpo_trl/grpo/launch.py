@@ -2,8 +2,7 @@
 
 import os
 
-from transformers import ProcessorMixin, TrainingArguments
-from trl import GRPOTrainer
+from transformers import TrainingArguments
 
 
 def check_launch(args: TrainingArguments) -> None:
@@ -63,13 +62,3 @@ def check_final_save(args: TrainingArguments) -> None:
                 f"Under FSDP with `fsdp_state_dict_type: {state_dict_type}`, transformers saves no model at the end of "
                 "a run. Set `fsdp_state_dict_type: FULL_STATE_DICT` in the accelerate configuration."
             )
-
-
-def check_images_are_read(trainer: GRPOTrainer) -> None:
-    """Raise `ValueError` if the training data has images that the model's processing class would ignore."""
-    image_columns = {"image", "images"} & set(getattr(trainer.train_dataset, "column_names", None) or ())
-    if image_columns and not isinstance(trainer.processing_class, ProcessorMixin):
-        raise ValueError(
-            f"`train_dataset` has the column {image_columns.pop()!r}, but the model ({type(trainer.model).__name__}) "
-            "has no processor for images, so they would be ignored. Train an image-text model, or remove the column."
-        )

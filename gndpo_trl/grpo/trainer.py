@@ -1,19 +1,37 @@
 """`GRPOTrainer` with everything that this folder adds to it."""
 
+import inspect
+
 from trl import GRPOTrainer
 
 from .checkpoints import CheckpointMixin
-from .launch import check_images_are_read
+from .data_checks import check_datasets, check_images_alike, check_images_are_read
 from .real_tokens import RealTokensMixin
 from .sampling import SamplingMixin
 
 
 class ExtendedGRPOTrainer(SamplingMixin, RealTokensMixin, CheckpointMixin, GRPOTrainer):
     """
-    What [`GNDPOTrainer`] and [`GSPOTrainer`] stand on: [`~trl.GRPOTrainer`] that pays for real tokens, goes on exactly
-    from its checkpoints, and validates at a temperature of its own.
+    What [`GNDPOTrainer`] and [`GSPOTrainer`] stand on: [`~trl.GRPOTrainer`] that looks at its data before it loads a
+    model, pays for real tokens, goes on exactly from its checkpoints, and validates at a temperature of its own.
     """
 
     def __init__(self, *args, **kwargs):
+        named = inspect.signature(GRPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
+        if named.get("args") is not None:
+            check_datasets(
+                named["args"],
+                named.get("train_dataset"),
+                named.get("eval_dataset"),
+                named.get("reward_funcs"),
+                brings_columns=any(named.get(name) is not None for name in ("environment_factory", "rollout_func")),
+            )
         super().__init__(*args, **kwargs)
         check_images_are_read(self)
+        self._trains_on_images = None
+
+    def _generate_and_score_completions(self, inputs):
+        has_images = check_images_alike(inputs, self._trains_on_images if self.model.training else None)
+        if self.model.training:
+            self._trains_on_images = has_images
+        return super()._generate_and_score_completions(inputs)

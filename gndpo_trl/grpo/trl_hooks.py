@@ -25,6 +25,7 @@ __all__ = [
     "ATTRIBUTES",
     "MULTIMODAL_KEYS",
     "OVERRIDDEN_METHODS",
+    "REWARD_ARGUMENTS",
     "REWARD_METRICS",
     "ROW_MEAN_LOSSES",
     "ROW_METRICS",
@@ -116,6 +117,17 @@ MULTIMODAL_KEYS = (
 # `trainer._logs["rewards"][name]` and `trainer._logs["advantages"]` have one entry for each completion of all ranks.
 REWARD_METRICS = ("reward", "reward_std", "frac_reward_zero_std")
 
+
+# What TRL passes to every reward function, beside the columns of the data.
+REWARD_ARGUMENTS = (
+    "prompts",
+    "completions",
+    "completion_ids",
+    "trainer_state",
+    "log_extra",
+    "log_metric",
+    "environments",
+)
 
 # Metrics that `_compute_loss` appends once for every micro-batch and that average over its rows. All others average over
 # its tokens (those of clipping over rows where the importance ratio is one for a row), and are sums over ranks divided by

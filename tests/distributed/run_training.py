@@ -15,13 +15,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_models
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, gather
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
 from transformers import AutoProcessor, BitsAndBytesConfig
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
+from gndpo_trl.grpo.microbatches import select_rows
+from gndpo_trl.teachers import LocalTeacher, Teacher
 
 
 PROMPTS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
@@ -71,6 +73,32 @@ def open_broken_image(rows: dict) -> dict:
     return {**rows, "images": [[Image.open(io.BytesIO(b"not an image"))] for _ in rows["prompt"]]}
 
 
+class Routed(Teacher):
+    """Two teachers that share the rows, unevenly over ranks; all ranks ask each of them for as many rows."""
+
+    def __init__(self, *teachers: LocalTeacher):
+        self.teachers = teachers
+
+    def check(self, student):
+        for teacher in self.teachers:
+            teacher.check(student)
+
+    def prepare(self, *args):
+        for teacher in self.teachers:
+            teacher.prepare(*args)
+        self.model = self.teachers[0].model
+
+    def per_token_logps(self, rollout):
+        words = [row["prompt"][0]["content"].split()[-2] for row in rollout["rows"]]
+        logps = torch.zeros(rollout["completion_ids"].shape)
+        for number, teacher in enumerate(self.teachers):
+            mine = [index for index, word in enumerate(words) if (word in PROMPTS[:3]) == (number == 0)]
+            most = gather(torch.tensor([len(mine)])).max().item()
+            asked = mine + [0] * (most - len(mine))
+            logps[mine] = teacher.per_token_logps(select_rows(rollout, asked))[: len(mine)]
+        return logps
+
+
 def train(spec: dict) -> dict:
     if spec.get("fsdp"):
         offer_fsdp_on_cpus()
@@ -82,7 +110,11 @@ def train(spec: dict) -> dict:
     )
     trainer = GNDPOTrainer(
         model=spec["model"],
-        teacher_model=spec["teacher"],
+        teacher_model=(
+            Routed(LocalTeacher(spec["teacher"]), LocalTeacher(spec["model"]))
+            if spec.get("routed")
+            else spec["teacher"]
+        ),
         args=config,
         train_dataset=Dataset.from_list(make_rows(spec.get("images"))),
         processing_class=processing_class,
@@ -134,6 +166,7 @@ def train(spec: dict) -> dict:
         "teacher_parameters": {"held": held, "whole": whole},
         "log_history": trainer.state.log_history,
         "global_step": trainer.state.global_step,
+        "has_generated": bool(advantages),
         "distributed_type": str(trainer.accelerator.distributed_type),
         "num_processes": trainer.accelerator.num_processes,
     }

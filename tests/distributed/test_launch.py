@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
-from conftest import ADAMW, CONFIG, ROOT, environment
+from conftest import ADAMW, CONFIG, FOUR_STEPS, ROOT, environment
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -35,6 +35,21 @@ def test_a_run_leaves_checkpoints_of_the_student_alone_and_a_model_that_loads(un
     student = sum(weight.numel() for weight in weights.values())
     for path in checkpoint.rglob("*"):
         assert path.stat().st_size < 4 * 4 * student, path
+
+
+@pytest.mark.parametrize("accelerate_config", ["ddp", "zero2"])
+def test_two_processes_go_on_from_the_checkpoint_of_one(launch, accelerate_config):
+    """In the middle of a generation batch, whose rest is of no use to them."""
+    config = {**FOUR_STEPS, "per_device_train_batch_size": 4}
+    one = launch(None, config=config) if accelerate_config == "ddp" else launch("zero2", config=config)
+    assert one.returncode == 0
+    checkpoint = one.folder / "out" / "checkpoint-3"
+    if accelerate_config == "zero2":  # DeepSpeed's own state is of two processes, as is another's batch size
+        config["per_device_train_batch_size"] = 2
+    run = launch(accelerate_config, config=config, resume=str(checkpoint))
+    assert run.returncode == 0, run.output
+    assert [report["global_step"] for report in run.reports] == [4, 4]
+    assert all(report["has_generated"] for report in run.reports), "a rank waits for the others for good"
 
 
 @pytest.mark.parametrize("accelerate_config", ["zero2", "zero3"])

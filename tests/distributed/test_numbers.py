@@ -17,6 +17,8 @@ CASES = {
     "images": {"completions": COMPLETIONS, "family": "internvl"},
     # The two processes' own lengths would need different numbers of forward passes.
     "token budget": {"completions": COMPLETIONS, "config": {"scoring_token_budget": 30}},
+    # The first teacher has three rows of the first process and none of the second.
+    "routed": {"completions": COMPLETIONS, "routed": True},
     "teacher offloaded": {"completions": COMPLETIONS, "config": {"teacher_offload": True}},
 }
 
@@ -28,7 +30,8 @@ def run_case(launch, case: str, accelerate_config: str | None, batch_size: int, 
         "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": accumulation,
     }
-    run = launch(accelerate_config, options.get("family", "qwen3"), config, completions=options["completions"], **spec)
+    spec.update(completions=options["completions"], routed=options.get("routed"))
+    run = launch(accelerate_config, options.get("family", "qwen3"), config, **spec)
     assert run.returncode == 0, run.output
     return run
 
@@ -66,6 +69,7 @@ def gradients(run, start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ("images", "ddp", 2, 2),
         ("images", "zero3", 2, 2),
         ("token budget", "zero3", 2, 2),
+        ("routed", "zero3", 2, 2),
         ("teacher offloaded", "zero2", 2, 2),
     ],
 )
