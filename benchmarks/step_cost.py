@@ -283,7 +283,7 @@ class Arm:
         trainer_class = trainers.get(name, GNDPOTrainer)
         self.trainer = trainer_class(
             args=config_class(**options),
-            train_dataset=Dataset.from_list(rows),
+            train_dataset=Dataset.from_list(rows * args.completions),
             processing_class=processing_class,
             **sources,
         )
