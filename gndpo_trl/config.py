@@ -6,6 +6,7 @@ from trl import GRPOConfig
 
 from .advantages import ADVANTAGE_NORMALIZATIONS
 from .eval_temperature import EvalTemperatureConfig
+from .grpo.vllm import VLLMConfig
 from .launch import check_ddp_backend, check_launch
 
 
@@ -17,7 +18,7 @@ class _SingleGeneration(int):
 
 
 @dataclass
-class GNDPOConfig(EvalTemperatureConfig):
+class GNDPOConfig(EvalTemperatureConfig, VLLMConfig):
     r"""
     Configuration class for the [`GNDPOTrainer`].
 

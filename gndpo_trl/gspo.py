@@ -8,12 +8,13 @@ from transformers.trainer_utils import SchedulerType
 from trl import GRPOTrainer
 
 from .eval_temperature import EvalTemperatureConfig, EvalTemperatureMixin
+from .grpo.vllm import VLLMConfig, VLLMMixin
 from .launch import check_ddp_backend, check_launch
 from .trainer import check_images_are_read, keep_checkpoint_names
 
 
 @dataclass
-class GSPOConfig(EvalTemperatureConfig):
+class GSPOConfig(EvalTemperatureConfig, VLLMConfig):
     r"""
     Configuration class for the [`GSPOTrainer`].
 
@@ -70,7 +71,7 @@ class GSPOConfig(EvalTemperatureConfig):
         check_launch(self)
 
 
-class GSPOTrainer(EvalTemperatureMixin, GRPOTrainer):
+class GSPOTrainer(EvalTemperatureMixin, VLLMMixin, GRPOTrainer):
     """
     [`~trl.GRPOTrainer`] for the comparison with [`GNDPOTrainer`]: the same validation, the same checks of the data, and
     checkpoints under the same names.

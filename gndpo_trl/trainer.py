@@ -25,6 +25,7 @@ from .advantages import clamp_scores, compute_advantages, population_moments, to
 from .compatibility import check_compatibility
 from .config import GNDPOConfig
 from .eval_temperature import EvalTemperatureMixin
+from .grpo.vllm import VLLMMixin, check_sampling_logps
 from .importance import sequence_token_logps
 from .launch import check_final_save
 from .metrics import score_metrics, score_statistics
@@ -48,7 +49,7 @@ def teacher_score(completions: list, **kwargs) -> list[float]:
     return [0.0] * len(completions)
 
 
-class GNDPOTrainer(EvalTemperatureMixin, GRPOTrainer):
+class GNDPOTrainer(EvalTemperatureMixin, VLLMMixin, GRPOTrainer):
     """
     Trainer for Globally Normalized Distillation Policy Optimization (GNDPO), proposed in [Stabilizing On-Policy
     Distillation for MLLM Reasoning with Global Normalization](https://huggingface.co/papers/2606.09091).
@@ -150,6 +151,8 @@ class GNDPOTrainer(EvalTemperatureMixin, GRPOTrainer):
                 "`use_sampling_logps` is True, but transformers' generation returns no log-probs. Set `use_vllm=True`, "
                 "pass a `rollout_func` that returns `logprobs`, or switch it off."
             )
+        if args.use_sampling_logps and rollout_func is None:
+            check_sampling_logps(args)
         teacher_model, teacher_processing_class = load_teacher(teacher_model, teacher_processing_class, args)
 
         super().__init__(
@@ -253,6 +256,7 @@ class GNDPOTrainer(EvalTemperatureMixin, GRPOTrainer):
             if "old_per_token_logps" not in rollout and not uses_sampling_logps:
                 with self._timer(seconds, "time/student_scoring"):
                     rollout["old_per_token_logps"] = self._per_token_logps(self.model, rollout)
+                self._watch_sampling_logps(rollout, rollout["old_per_token_logps"])
         self._raise_if_not_finite("teacher", teacher_logps, mask, rollout)
         if uses_sampling_logps:
             student_logps = rollout["sampling_per_token_logps"]
@@ -453,6 +457,7 @@ class GNDPOTrainer(EvalTemperatureMixin, GRPOTrainer):
         if "teacher_per_token_logps" in inputs:
             mask = self._valid_tokens(inputs)
             self._raise_if_not_finite("student", logps, mask, inputs)
+            self._watch_sampling_logps(inputs, logps.detach())
             inputs["advantages"], _ = compute_advantages(
                 token_scores(inputs["teacher_per_token_logps"], logps, mask),
                 mask,

@@ -68,10 +68,11 @@ class ExactVLLMClient(VLLMClient):
         message = {"role": "user", "content": [{"type": "image", "image": images[0]}]}
         body = {"model": self.model, "messages": to_openai_messages([message]), "max_tokens": 1}
         prompt_ids = self._post(f"{self.base_url}/v1/chat/completions/render", json=body)["token_ids"]
-        self.generate([prompt_ids], features=[features], max_tokens=1)
         (placeholder,) = features["mm_placeholders"]["image"]
-        end = placeholder["offset"] + placeholder["length"]
-        return placeholder["length"] - prompt_ids[placeholder["offset"] : end].count(image_token_id)
+        length = prompt_ids.count(image_token_id)
+        run = {"offset": prompt_ids.index(image_token_id), "length": length}
+        self.generate([prompt_ids], features=[{**features, "mm_placeholders": {"image": [run]}}], max_tokens=1)
+        return placeholder["length"] - length
 
 
 class ExactVLLMGeneration(VLLMGeneration):

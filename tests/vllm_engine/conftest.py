@@ -1,6 +1,9 @@
 """The real vLLM engine on a CPU. What stands in for a GPU's machinery stands here, each with its reason."""
 
 import os
+import socket
+import subprocess
+import sys
 
 
 # Read by vLLM when it is imported, here and in the processes of the server.
@@ -13,12 +16,12 @@ os.environ |= {
 }
 
 import pytest
-import torch
 import vllm
 import vllm._custom_ops
 import vllm_models
-from datasets import Dataset
+from safetensors.torch import save_file
 from trl.generation import vllm_generation
+from trl.generation.vllm_client import VLLMClient
 
 
 @pytest.fixture(scope="session")
@@ -52,3 +55,55 @@ def engines():
 @pytest.fixture(autouse=True)
 def shared_engines(engines, monkeypatch):
     monkeypatch.setattr(vllm_generation, "LLM", engines)
+
+
+@pytest.fixture(scope="session")
+def servers(checkpoints, tmp_path_factory):
+    """Base URLs of servers of the image-text students; they come up while other tests run."""
+    logs = tmp_path_factory.mktemp("servers")
+    processes, urls = [], {}
+    for family in ("qwen25vl", "internvl"):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        options = {
+            "model": checkpoints[f"{family}-student"],
+            "port": port,
+            "dtype": "float32",
+            "max-model-len": 256,
+            "max-num-seqs": 16,
+            "max-num-batched-tokens": 2048,
+            "logprobs-mode": "processed_logprobs",
+            "max-logprobs": -1,
+            "limit-mm-per-prompt": '{"image": 3}',
+        }
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", "--enable-scale-out"]
+        command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
+        with open(logs / f"{family}.log", "w") as log:
+            environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
+            processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+        urls[family] = f"http://localhost:{port}"
+    yield urls
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.wait(timeout=60)
+
+
+@pytest.fixture
+def weights_by_file(monkeypatch, tmp_path):
+    """TRL sends weights to a server by NCCL, which needs GPUs; here they go by a file, at the same moments."""
+
+    def update_named_params(client, metadata, named_params):
+        weights = {name: weight.detach().clone().contiguous() for name, weight in named_params}
+        save_file(weights, tmp_path / "model.safetensors")
+        body = {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path)}}
+        client.session.post(f"{client.base_url}/collective_rpc", json=body).raise_for_status()
+
+    monkeypatch.setattr(VLLMClient, "init_communicator", lambda client, device: None)
+    monkeypatch.setattr(VLLMClient, "update_named_params", update_named_params)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def early_servers(servers):
+    """Servers start with the session, not with the first test that needs them."""

@@ -26,20 +26,26 @@ def forbid_placeholders(model, tokenizer) -> None:
     Masks would do it too, but vLLM renormalizes by them and the training engine knows nothing of them. So one dimension
     is much the same in every token's embedding, and the rows of the placeholders in the head read it alone.
     """
+    if model.config.tie_word_embeddings:
+        model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
+        model.lm_head.weight = torch.nn.Parameter(0.02 * torch.randn_like(model.lm_head.weight))
     placeholders = tokenizer.convert_tokens_to_ids(list(tiny_models.SPECIAL_TOKENS.values()))
     with torch.no_grad():
-        model.get_input_embeddings().weight.mul_(20)
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.mul_(3)  # random weights are so small that what stands in the prompt would hardly matter
+        model.get_input_embeddings().weight.mul_(7)
         model.get_input_embeddings().weight[:, 0] = 2.0
-        model.get_output_embeddings().weight.mul_(5)
+        model.get_output_embeddings().weight.mul_(2)
         model.get_output_embeddings().weight[:, 0] = 0
         model.get_output_embeddings().weight[placeholders] = 0
         model.get_output_embeddings().weight[placeholders, 0] = -10.0
 
 
-def save(family: str, path: Path, seed: int = 0, **options) -> str:
-    """Save a tiny checkpoint of a family and return its path."""
+def save(family: str, path: Path, seed: int = 0) -> str:
+    """Save a tiny checkpoint of a family and return its path. InternVL's cuts wide images into several tiles."""
+    options = {"max_patches": 4} if family == "internvl" else {}
     model, processor = tiny_models.BUILDERS[family](seed=seed, width=WIDTH, **options)
     tokenizer = getattr(processor, "tokenizer", processor)
-    assert model.get_input_embeddings().weight is not model.get_output_embeddings().weight
     forbid_placeholders(model, tokenizer)
     return tiny_models.save(model, processor if family == "qwen3" else stock_processor(family, processor), path)
