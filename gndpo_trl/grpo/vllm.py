@@ -213,3 +213,25 @@ class VLLMMixin:
                 "at what truncates or masks its distribution (`top_p`, `top_k`, `min_p`, `allowed_token_ids`). If the "
                 "difference is wanted, raise the threshold, or set it to inf."
             )
+
+
+class LossWatchMixin(VLLMMixin):
+    """
+    [`VLLMMixin`] for trainers that leave scoring to TRL, which may know the log-probs only in the loss. They are those
+    of the weights that vLLM sampled with, since TRL scores beforehand where the weights may have changed.
+    """
+
+    _unwatched = None
+
+    def _compute_loss(self, model, inputs):
+        self._unwatched = None if "old_per_token_logps" in inputs else inputs
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._unwatched = None
+
+    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
+        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+        if self._unwatched is not None:
+            self._watch_sampling_logps(self._unwatched, logps.detach())
+        return logps, entropies, aux_loss
