@@ -8,7 +8,7 @@ from transformers.trainer_utils import SchedulerType
 from trl import GRPOTrainer
 
 from .eval_temperature import EvalTemperatureConfig, EvalTemperatureMixin
-from .grpo.vllm import VLLMConfig, VLLMMixin
+from .grpo.vllm import LossWatchMixin, VLLMConfig
 from .launch import check_ddp_backend, check_launch
 from .trainer import check_images_are_read, keep_checkpoint_names
 
@@ -26,6 +26,10 @@ class GSPOConfig(EvalTemperatureConfig, VLLMConfig):
             Temperature for sampling during evaluation. `None` uses `temperature`, as TRL does. `0.0` is greedy
             decoding, with one completion per prompt (`num_generations_eval=1`). Log-probs are computed at `temperature`
             all the same, so `eval_reverse_kl` then estimates no divergence.
+        sampling_logp_threshold (`float`, *optional*):
+            Largest mean difference, in nats, between vLLM's log-probs of the sampled tokens and those of the training
+            engine. A run whose first batch exceeds it stops. `None` is 0.05 if both compute in float32, and 0.2
+            otherwise. `inf` never stops a run; the difference is logged all the same.
         importance_sampling_level (`str`, *optional*, defaults to `"sequence"`):
             Level of the importance ratio. `"sequence"` is GSPO, `"token"` is GRPO.
         loss_type (`str`, *optional*, defaults to `"grpo"`):
@@ -71,7 +75,7 @@ class GSPOConfig(EvalTemperatureConfig, VLLMConfig):
         check_launch(self)
 
 
-class GSPOTrainer(EvalTemperatureMixin, VLLMMixin, GRPOTrainer):
+class GSPOTrainer(EvalTemperatureMixin, LossWatchMixin, GRPOTrainer):
     """
     [`~trl.GRPOTrainer`] for the comparison with [`GNDPOTrainer`]: the same validation, the same checks of the data, and
     checkpoints under the same names.
