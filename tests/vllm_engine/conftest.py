@@ -1,6 +1,7 @@
 """The real vLLM engine on a CPU. What stands in for a GPU's machinery stands here, each with its reason."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -35,10 +36,18 @@ def checkpoints(tmp_path_factory) -> dict[str, str]:
     }
 
 
+@pytest.fixture
+def make_config(make_config):
+    """Configurations under which every step changes the weights, whatever the samples are worth."""
+    return lambda config_class, **options: make_config(config_class, **{"weight_decay": 20.0, **options})
+
+
 @pytest.fixture(scope="session")
 def engines():
     """Colocated engines by model, shared by all tests: each takes tens of seconds to start, and new weights in none."""
     started = {}
+
+    engine_class = vllm.LLM
 
     def start(model: str, **options) -> vllm.LLM:
         # oneDNN packs weights into a layout that new ones cannot be loaded into.
@@ -46,7 +55,7 @@ def engines():
         if model not in started:
             # bfloat16, which a float32 checkpoint gets otherwise, would hide differences; CPUs compile no graphs.
             fixed = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "max_num_seqs": 16}
-            started[model] = vllm.LLM(model, **{**options, **fixed})
+            started[model] = engine_class(model, **{**options, **fixed})
         return started[model]
 
     return start
@@ -81,13 +90,14 @@ def servers(checkpoints, tmp_path_factory):
         command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
         with open(logs / f"{family}.log", "w") as log:
             environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
-            processes.append(subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+            processes.append(
+                subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+            )
         urls[family] = f"http://localhost:{port}"
     yield urls
     for process in processes:
-        process.terminate()
-    for process in processes:
-        process.wait(timeout=60)
+        os.killpg(process.pid, signal.SIGKILL)  # with the engine's own processes
+        process.wait()
 
 
 @pytest.fixture
@@ -105,5 +115,7 @@ def weights_by_file(monkeypatch, tmp_path):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def early_servers(servers):
+def early_servers(request):
     """Servers start with the session, not with the first test that needs them."""
+    if any("servers" in item.fixturenames for item in request.session.items):
+        request.getfixturevalue("servers")
