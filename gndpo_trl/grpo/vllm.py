@@ -151,8 +151,12 @@ class VLLMMixin:
                 f"The vLLM server runs with `--logprobs-mode {settings['logprobs_mode']}`, so its log-probs are not "
                 "those of the distribution that it samples from. Restart it with `--logprobs-mode processed_logprobs`."
             )
-        datasets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
-        for dataset in (self.train_dataset, *datasets.values()):
+        evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
+        datasets = [dataset for dataset in (self.train_dataset, *evaluation.values()) if dataset is not None]
+        if any({"image", "images"} & set(dataset.column_names or ()) for dataset in datasets):
+            if generation.mode == "server" and self.accelerator.is_main_process:
+                _ = generation.extra_image_tokens  # a server that cannot take images says so now
+        for dataset in datasets:
             check_image_limit(dataset, settings["images_per_prompt"])
             self._check_prompt_lengths(dataset, settings["max_model_len"])
 

@@ -8,6 +8,7 @@ have expanded them, whatever the family of the model.
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from types import MethodType
 
 import pyarrow.compute as pc
@@ -15,7 +16,6 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from packaging.version import Version
 from PIL import Image
-from transformers import ProcessorMixin
 from trl.generation.vllm_client import VLLMClient, to_openai_messages
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -40,15 +40,8 @@ class ExactVLLMClient(VLLMClient):
         response = self.session.post(f"{self.base_url}/reset_encoder_cache")
         response.raise_for_status()
 
-    def settings(self, image_token_id: int | None) -> dict:
-        """
-        What the server runs with, see [`engine_settings`].
-
-        Args:
-            image_token_id (`int`, *optional*):
-                Token that stands for a part of an image. With it, an image is sent once through all that training will
-                use, so that a server that cannot take images is found before training starts.
-        """
+    def settings(self) -> dict:
+        """What the server runs with, see [`engine_settings`]."""
         model_config = self.get_server_info()["model_config"]
         multimodal = model_config.get("multimodal_config") or {}
         limit = (multimodal.get("limit_per_prompt") or {}).get("image")
@@ -58,11 +51,19 @@ class ExactVLLMClient(VLLMClient):
             "dtype": str(model_config["dtype"]).removeprefix("torch."),
             "max_model_len": model_config["max_model_len"],
             "images_per_prompt": limit.get("count") if isinstance(limit, dict) else limit,
-            "extra_image_tokens": None if image_token_id is None else self._try_an_image(image_token_id),
         }
 
-    def _try_an_image(self, image_token_id: int) -> int:
-        """Number of tokens in an image's placeholder, as the server sees it, that stand for no part of the image."""
+    def try_an_image(self, image_token_id: int) -> int:
+        """
+        Send an image through everything that training will use.
+
+        Args:
+            image_token_id (`int`):
+                Token that stands for a part of an image.
+
+        Returns:
+            `int`: number of tokens in an image's placeholder, as the server sees it, that stand for no part of it.
+        """
         images = [Image.new("RGB", (64, 64))]
         (features,) = self.image_features([images])
         message = {"role": "user", "content": [{"type": "image", "image": images[0]}]}
@@ -86,6 +87,11 @@ class ExactVLLMGeneration(VLLMGeneration):
 
     settings: dict
 
+    @cached_property
+    def extra_image_tokens(self) -> int:
+        """Of a server, which the main process alone can ask."""
+        return self.vllm_client.try_an_image(self.processing_class.image_token_id)
+
     def sync_weights(self):
         super().sync_weights()
         # vLLM keeps what the vision tower made of images that it has seen, and TRL has it forget only the text.
@@ -106,7 +112,7 @@ class ExactVLLMGeneration(VLLMGeneration):
         placed = super()._place_features(features, prompt_ids)
         if placed is None:
             return None
-        extra = self.settings["extra_image_tokens"]
+        extra = self.extra_image_tokens
         pairs = zip(features["mm_placeholders"]["image"], placed["mm_placeholders"]["image"], strict=True)
         for number, (theirs, ours) in enumerate(pairs):
             if theirs["length"] - extra != ours["length"]:
@@ -141,16 +147,13 @@ def engine_settings(generation: VLLMGeneration) -> dict:
     What a vLLM engine runs with, the same on all ranks.
 
     Returns:
-        `dict` with keys `version`, `logprobs_mode`, `dtype`, `max_model_len` (tokens of prompt and completion),
-        `images_per_prompt` (`None` without a limit) and `extra_image_tokens` (of a server that was sent an image: the
-        tokens of its placeholder that stand for no part of the image).
+        `dict` with keys `version`, `logprobs_mode`, `dtype`, `max_model_len` (tokens of prompt and completion) and
+        `images_per_prompt` (`None` without a limit).
     """
     if generation.mode == "server":
         settings = None
         if generation.accelerator.is_main_process:
-            processor = generation.processing_class
-            is_vlm = isinstance(processor, ProcessorMixin)
-            settings = generation.vllm_client.settings(processor.image_token_id if is_vlm else None)
+            settings = generation.vllm_client.settings()
         return broadcast_object_list([settings], from_process=0)[0]
     import vllm
 
@@ -162,7 +165,6 @@ def engine_settings(generation: VLLMGeneration) -> dict:
         "dtype": str(model_config.dtype).removeprefix("torch."),
         "max_model_len": model_config.max_model_len,
         "images_per_prompt": None if multimodal is None else multimodal.get_limit_per_prompt("image"),
-        "extra_image_tokens": None,
     }
 
 

@@ -1,6 +1,8 @@
 """Sampling with vLLM in the process that trains."""
 
 import pytest
+import tiny_models
+import torch
 from trainers import Trainer, agrees, logged, some_reward
 from trl import GRPOConfig, GRPOTrainer, prepare_multimodal_messages
 from trl.generation.vllm_generation import VLLMGeneration
@@ -43,7 +45,6 @@ def test_trl_alone_samples_from_another_prompt(plain, image_dataset, family):
         lengths[name] = [len(theirs) - len(ours) for theirs, ours in zip(sampled_from, prompt_ids, strict=True)]
         trainer.train()
         differences[name] = logged(trainer, "sampling/sampling_logp_difference/mean")
-    print(lengths, differences)
     assert min(lengths["theirs"]) > 0 and lengths["ours"] == [0, 0, 0, 0]
     assert min(differences["theirs"]) > 0.01 and max(differences["ours"]) < 1e-5
 
@@ -59,6 +60,28 @@ def test_new_weights_see_old_images_anew(plain, image_dataset, monkeypatch):
     trainer = plain(Trainer, "qwen25vl", train_dataset=dataset)
     trainer.vllm_generation.llm.llm_engine.reset_encoder_cache()
     trainer.train()
-    print(logged(trainer, "sampling/logp_difference/max"))
     first, second = logged(trainer, "sampling/logp_difference/max")
     assert first < 1e-5 and second > 1e-3
+
+
+def test_images_that_a_tool_returns(plain, image_dataset):
+    """They stand after what the model has sampled so far, as in TRL's loop of tool calls."""
+    trainer = plain(Trainer, "qwen25vl")
+    row = image_dataset[1]
+    (prompt_ids,), (images,), _ = trainer._tokenize_prompts(
+        [prepare_multimodal_messages(row["prompt"], images=row["images"])]
+    )
+    image = tiny_models.draw_image(5)
+    answer = {"role": "tool", "name": "look", "content": [{"type": "image", "image": image}]}
+    sampled = trainer.processing_class.tokenizer("the sum of two", add_special_tokens=False)["input_ids"]
+    prompt_ids = prompt_ids + sampled + trainer._get_tool_suffix_ids([answer])
+    images = [*images, image]
+    (completion,), (logps,) = trainer._generate_single_turn([prompt_ids], [images], {}, 1, has_tool_images=True)
+
+    ids = torch.tensor([[*prompt_ids, *completion]])
+    placeholders = (ids == trainer.processing_class.image_token_id).int()
+    features = trainer.processing_class.image_processor(images=images, return_tensors="pt")
+    with torch.no_grad():
+        logits = trainer.model(input_ids=ids, mm_token_type_ids=placeholders, **features).logits
+    expected = logits[0, len(prompt_ids) - 1 : -1].log_softmax(-1).gather(-1, ids[0, len(prompt_ids) :, None])[:, 0]
+    assert torch.tensor(logps) == pytest.approx(expected, abs=1e-5)

@@ -19,6 +19,7 @@ def make(make_config, checkpoints, servers, text_dataset, image_dataset):
             "use_vllm": True,
             "vllm_mode": "server",
             "vllm_server_base_url": servers[family],
+            "vllm_server_timeout": 420.0,  # two servers and an engine start on two cores at once
             "vllm_importance_sampling_correction": True,
         }
         return Trainer(
@@ -106,4 +107,4 @@ def test_a_server_without_its_development_endpoints(make, servers):
     trainer = make("qwen25vl")
     trainer.vllm_generation.vllm_client.session.mount(f"{servers['qwen25vl']}/server_info", Closed())
     with pytest.raises(RuntimeError, match="Restart it with `VLLM_SERVER_DEV_MODE=1`"):
-        trainer.vllm_generation.vllm_client.settings(None)
+        trainer.vllm_generation.vllm_client.settings()
