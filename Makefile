@@ -13,7 +13,7 @@ test: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest
 
-# vLLM's own process groups, thread pools and downloads are all told to stay small and local.
+# The real vLLM on CPUs, with tiny models.
 test-vllm: $(VLLM_VENV)/.installed
 	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm_engine
 

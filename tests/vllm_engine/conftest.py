@@ -1,4 +1,4 @@
-"""The real vLLM engine on a CPU. What stands in for a GPU's machinery stands here, each with its reason."""
+"""The real vLLM engine on a CPU; what stands in for a GPU is in `vllm_stand_ins.py`."""
 
 import os
 import signal
@@ -17,12 +17,10 @@ os.environ |= {
 }
 
 import pytest
-import vllm
-import vllm._custom_ops
 import vllm_models
-from safetensors.torch import save_file
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
+from vllm_stand_ins import start_engine, update_named_params
 
 
 @pytest.fixture(scope="session")
@@ -47,15 +45,9 @@ def engines():
     """Colocated engines by model, shared by all tests: each takes tens of seconds to start, and new weights in none."""
     started = {}
 
-    engine_class = vllm.LLM
-
-    def start(model: str, **options) -> vllm.LLM:
-        # oneDNN packs weights into a layout that new ones cannot be loaded into.
-        vllm._custom_ops._supports_onednn = False
+    def start(model: str, **options):
         if model not in started:
-            # bfloat16, which a float32 checkpoint gets otherwise, would hide differences; CPUs compile no graphs.
-            fixed = {"dtype": "float32", "enforce_eager": True, "max_model_len": 256, "max_num_seqs": 16}
-            started[model] = engine_class(model, **{**options, **fixed})
+            started[model] = start_engine(model, **options)
         return started[model]
 
     return start
@@ -101,15 +93,7 @@ def servers(checkpoints, tmp_path_factory):
 
 
 @pytest.fixture
-def weights_by_file(monkeypatch, tmp_path):
-    """TRL sends weights to a server by NCCL, which needs GPUs; here they go by a file, at the same moments."""
-
-    def update_named_params(client, metadata, named_params):
-        weights = {name: weight.detach().clone().contiguous() for name, weight in named_params}
-        save_file(weights, tmp_path / "model.safetensors")
-        body = {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path)}}
-        client.session.post(f"{client.base_url}/collective_rpc", json=body).raise_for_status()
-
+def weights_by_file(monkeypatch):
     monkeypatch.setattr(VLLMClient, "init_communicator", lambda client, device: None)
     monkeypatch.setattr(VLLMClient, "update_named_params", update_named_params)
 
