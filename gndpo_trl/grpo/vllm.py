@@ -105,7 +105,7 @@ def logp_difference(
         if there are none.
     """
     valid = mask.bool() & ~sampling_logps.isnan()
-    differences = (sampling_logps - logps).abs()[valid].double()
+    differences = (sampling_logps - logps).abs()[valid].float()
     largest = differences.max() if differences.numel() else differences.new_zeros(())
     total, count, _ = (all_ranks := gather(torch.stack([differences.sum(), valid.sum(), largest])[None])).sum(0)
     return (total / count.clamp(min=1)).item(), all_ranks[:, 2].max().item()
