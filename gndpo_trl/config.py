@@ -78,6 +78,13 @@ class GNDPOConfig(ExtendedGRPOConfig):
             training forward pass. Deviates from the paper, whose statistics are of the training engine too. Needs one
             optimizer step per generation batch.
 
+        > Parameters that control vLLM
+
+        sampling_logp_threshold (`float`, *optional*):
+            Largest mean difference, in nats, between vLLM's log-probs of the sampled tokens and those of the training
+            engine. A run whose first batch exceeds it stops. `None` is 0.05 if both compute in float32, and 0.2
+            otherwise. `inf` never stops a run; the difference is logged all the same.
+
         > Parameters that control the advantage
 
         score_clip (`float`, *optional*, defaults to `5.0`):

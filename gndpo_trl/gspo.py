@@ -6,6 +6,7 @@ from transformers.trainer_utils import SchedulerType
 
 from .grpo.config import ExtendedGRPOConfig
 from .grpo.trainer import ExtendedGRPOTrainer
+from .grpo.vllm import LossWatchMixin
 
 
 @dataclass
@@ -26,6 +27,10 @@ class GSPOConfig(ExtendedGRPOConfig):
             the reference model). Completions of similar length share a forward pass; one that is longer than the
             budget gets its own. If `None`, as many forward passes are made as there are micro-batches in the loss, of
             the same size.
+        sampling_logp_threshold (`float`, *optional*):
+            Largest mean difference, in nats, between vLLM's log-probs of the sampled tokens and those of the training
+            engine. A run whose first batch exceeds it stops. `None` is 0.05 if both compute in float32, and 0.2
+            otherwise. `inf` never stops a run; the difference is logged all the same.
         importance_sampling_level (`str`, *optional*, defaults to `"sequence"`):
             Level of the importance ratio. `"sequence"` is GSPO, `"token"` is GRPO.
         loss_type (`str`, *optional*, defaults to `"grpo"`):
@@ -66,7 +71,7 @@ class GSPOConfig(ExtendedGRPOConfig):
     )
 
 
-class GSPOTrainer(ExtendedGRPOTrainer):
+class GSPOTrainer(LossWatchMixin, ExtendedGRPOTrainer):
     """
     [`~trl.GRPOTrainer`] for the comparison with [`GNDPOTrainer`], on the same floors: forward passes over real tokens,
     checkpoints that a run goes on from exactly, the same validation, the same checks of the data.

@@ -24,6 +24,7 @@ from .grpo.rollouts import check_finite, check_images_were_kept, leave_out, vali
 from .grpo.sampling import suppress_tokens
 from .grpo.trainer import ExtendedGRPOTrainer
 from .grpo.trl_hooks import get_config_model_id
+from .grpo.vllm import check_sampling_logps
 from .objective.advantages import clamp_scores, normalize, population_moments, token_scores
 from .teacher_logs import TeacherLogsMixin
 from .teachers import LocalTeacher, Teacher
@@ -207,6 +208,7 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
             # Not for the loss: one optimizer step uses this batch, and TRL compares the loss's own log-probs then.
             with self._timer(seconds, "time/student_scoring"):
                 logps = self._per_token_logps(self.model, rollout)
+            self._watch_sampling_logps(rollout, logps)
         check_finite("student", logps, rollout, valid_tokens(rollout), self._tokenizer)
         return logps
 
@@ -214,6 +216,7 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
         if "teacher_per_token_logps" in inputs:  # `use_sampling_logps`: only the statistics are the sampler's
             mask = valid_tokens(inputs)
             check_finite("student", logps, inputs, mask, self._tokenizer)
+            self._watch_sampling_logps(inputs, logps.detach())
             scores = token_scores(inputs["teacher_per_token_logps"], logps, mask)
             clamped = clamp_scores(scores, mask, self.args.score_clip)
             inputs["advantages"], _ = normalize(clamped, mask, inputs["score_moments"], self.args.std_floor)
@@ -288,3 +291,5 @@ def check_arguments(args: GNDPOConfig, rollout_func: Callable | None) -> None:
             "`use_sampling_logps` is True, but transformers' generation returns no log-probs. Set `use_vllm=True`, "
             "pass a `rollout_func` that returns `logprobs`, or switch it off."
         )
+    if args.use_sampling_logps and rollout_func is None:
+        check_sampling_logps(args)

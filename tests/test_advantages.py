@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from torch.overrides import TorchFunctionMode
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.overrides import TorchFunctionMode
 
 from gndpo_trl.objective import advantages as advantages_module
 from gndpo_trl.objective.advantages import (

@@ -2,13 +2,12 @@
 
 from dataclasses import dataclass, field
 
-from trl import GRPOConfig
-
 from .launch import check_ddp_backend, check_launch
+from .vllm import VLLMConfig
 
 
 @dataclass
-class ExtendedGRPOConfig(GRPOConfig):
+class ExtendedGRPOConfig(VLLMConfig):
     r"""
     [`~trl.GRPOConfig`] with a temperature for evaluation and a token budget for scoring.
 

@@ -136,7 +136,7 @@ def combine(name: str, parts: list[tuple[float, float]]) -> float:
     numbers = [(value, weight) for value, weight in parts if not math.isnan(value)]
     if not numbers:
         return math.nan
-    if name.endswith(("_min", "_max")):
-        return (min if name.endswith("_min") else max)(value for value, _ in numbers)
+    if name.endswith(("min", "max")):
+        return (min if name.endswith("min") else max)(value for value, _ in numbers)
     total = sum(weight for _, weight in numbers)
     return sum(value * weight for value, weight in numbers) / total if total > 0 else 0.0

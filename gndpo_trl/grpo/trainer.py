@@ -8,12 +8,14 @@ from .checkpoints import CheckpointMixin
 from .data_checks import check_datasets, check_images_alike, check_images_are_read
 from .real_tokens import RealTokensMixin
 from .sampling import SamplingMixin
+from .vllm import VLLMMixin
 
 
-class ExtendedGRPOTrainer(SamplingMixin, RealTokensMixin, CheckpointMixin, GRPOTrainer):
+class ExtendedGRPOTrainer(SamplingMixin, RealTokensMixin, VLLMMixin, CheckpointMixin, GRPOTrainer):
     """
     What [`GNDPOTrainer`] and [`GSPOTrainer`] stand on: [`~trl.GRPOTrainer`] that looks at its data before it loads a
-    model, pays for real tokens, goes on exactly from its checkpoints, and validates at a temperature of its own.
+    model, pays for real tokens, samples with vLLM from the prompts that it scores, goes on exactly from its checkpoints,
+    and validates at a temperature of its own.
     """
 
     def __init__(self, *args, **kwargs):

@@ -131,7 +131,7 @@ REWARD_ARGUMENTS = (
 
 # Metrics that `_compute_loss` appends once for every micro-batch and that average over its rows. All others average over
 # its tokens (those of clipping over rows where the importance ratio is one for a row), and are sums over ranks divided by
-# sums over ranks; names in `_min` and `_max` are extremes.
+# sums over ranks; names that end in `min` or `max` are extremes.
 ROW_METRICS = ("vespo/phi_seq_mean",)
 
 

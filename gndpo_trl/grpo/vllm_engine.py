@@ -1,0 +1,219 @@
+"""
+A vLLM engine that samples from the prompts that it is given, and is asked whether it did.
+
+TRL hands vLLM prompts whose image placeholders are already expanded. A colocated vLLM expands them once more, and the
+model samples from a prompt that nobody scores. Here it looks them up instead, by the rules of its own by which it would
+have expanded them, whatever the family of the model.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from functools import cached_property
+from types import MethodType
+
+import pyarrow.compute as pc
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from packaging.version import Version
+from PIL import Image
+from trl.generation.vllm_client import VLLMClient, to_openai_messages
+from trl.generation.vllm_generation import VLLMGeneration
+
+
+# What TRL 1.16 supports, without 0.31.0, whose bound on transformers excludes the versions that this package needs.
+MIN_VLLM, BELOW_VLLM = "0.22.0", "0.31.0"
+
+
+class ExactVLLMClient(VLLMClient):
+    """TRL's client of a vLLM server, which believes the server only what it reports."""
+
+    def _post(self, url: str, **kwargs) -> dict:
+        if not url.endswith("/inference/v1/generate"):
+            return super()._post(url, **kwargs)
+        request = {**kwargs.pop("json"), "return_token_ids": True}
+        response = super()._post(url, json=request, **kwargs)
+        check_prompt_ids([request["token_ids"]], [response.get("prompt_token_ids")])
+        return response
+
+    def reset_encoder_cache(self) -> None:
+        """Make the server forget the embeddings of images that it has seen."""
+        response = self.session.post(f"{self.base_url}/reset_encoder_cache")
+        response.raise_for_status()
+
+    def settings(self) -> dict:
+        """What the server runs with, see [`engine_settings`]."""
+        model_config = self.get_server_info()["model_config"]
+        multimodal = model_config.get("multimodal_config") or {}
+        limit = (multimodal.get("limit_per_prompt") or {}).get("image")
+        return {
+            "version": self._get(f"{self.base_url}/version")["version"],
+            "logprobs_mode": model_config["logprobs_mode"],
+            "dtype": str(model_config["dtype"]).removeprefix("torch."),
+            "max_model_len": model_config["max_model_len"],
+            "images_per_prompt": limit.get("count") if isinstance(limit, dict) else limit,
+        }
+
+    def try_an_image(self, image_token_id: int) -> int:
+        """
+        Send an image through everything that training will use.
+
+        Args:
+            image_token_id (`int`):
+                Token that stands for a part of an image.
+
+        Returns:
+            `int`: number of tokens in an image's placeholder, as the server sees it, that stand for no part of it.
+        """
+        images = [Image.new("RGB", (64, 64))]
+        (features,) = self.image_features([images])
+        message = {"role": "user", "content": [{"type": "image", "image": images[0]}]}
+        body = {"model": self.model, "messages": to_openai_messages([message]), "max_tokens": 1}
+        prompt_ids = self._post(f"{self.base_url}/v1/chat/completions/render", json=body)["token_ids"]
+        (placeholder,) = features["mm_placeholders"]["image"]
+        length = prompt_ids.count(image_token_id)
+        run = {"offset": prompt_ids.index(image_token_id), "length": length}
+        self.generate([prompt_ids], features=[{**features, "mm_placeholders": {"image": [run]}}], max_tokens=1)
+        return placeholder["length"] - length
+
+
+class ExactVLLMGeneration(VLLMGeneration):
+    """
+    TRL's sampler, which samples from the prompts that it is given and from no others.
+
+    Raises:
+        `ValueError`: before sampling, if a prompt leaves no room for a completion, or if a server sees another number
+            of tokens in an image; after sampling, on every rank, if vLLM reports another prompt than it was given.
+    """
+
+    settings: dict
+
+    @cached_property
+    def extra_image_tokens(self) -> int:
+        """Of a server, which the main process alone can ask."""
+        return self.vllm_client.try_an_image(self.processing_class.image_token_id)
+
+    def sync_weights(self):
+        super().sync_weights()
+        # vLLM keeps what the vision tower made of images that it has seen, and TRL has it forget only the text.
+        if self.mode == "colocate":
+            self.llm.llm_engine.reset_encoder_cache()
+        elif self.accelerator.is_main_process:
+            self.vllm_client.reset_encoder_cache()
+
+    def generate(self, prompts, images, num_generations, profiler=None):
+        for row, prompt in enumerate(prompts):
+            check_prompt_length(f"The prompt of row {row} of a batch", len(prompt), self.settings["max_model_len"])
+        with expanded_prompts(self.llm) if self.mode == "colocate" else nullcontext():
+            prompt_ids, *completions = super().generate(prompts, images, num_generations, profiler)
+        check_prompt_ids(prompts, prompt_ids)
+        return prompt_ids, *completions
+
+    def _place_features(self, features, prompt_ids):
+        placed = super()._place_features(features, prompt_ids)
+        if placed is None:
+            return None
+        extra = self.extra_image_tokens
+        pairs = zip(features["mm_placeholders"]["image"], placed["mm_placeholders"]["image"], strict=True)
+        for number, (theirs, ours) in enumerate(pairs):
+            if theirs["length"] - extra != ours["length"]:
+                raise ValueError(
+                    f"The vLLM server makes {theirs['length'] - extra} tokens of image {number} of a prompt and the "
+                    f"student's processor {ours['length']}, so they process images differently. Start the server with "
+                    "the student's processor files, and with no `--mm-processor-kwargs` of its own."
+                )
+        return placed
+
+
+@contextmanager
+def expanded_prompts(llm) -> Iterator[None]:
+    """Have a vLLM engine look up the image placeholders of its prompts, which are already expanded."""
+    processor = llm.llm_engine.renderer.mm_processor
+    if processor is None:  # a text model
+        yield
+        return
+
+    def look_up(self, token_ids, mm_prompt_updates):
+        return token_ids, self._find_mm_placeholders(token_ids, mm_prompt_updates)
+
+    processor._apply_prompt_updates = MethodType(look_up, processor)
+    try:
+        yield
+    finally:
+        del processor._apply_prompt_updates
+
+
+def engine_settings(generation: VLLMGeneration) -> dict:
+    """
+    What a vLLM engine runs with, the same on all ranks.
+
+    Returns:
+        `dict` with keys `version`, `logprobs_mode`, `dtype`, `max_model_len` (tokens of prompt and completion) and
+        `images_per_prompt` (`None` without a limit).
+    """
+    if generation.mode == "server":
+        settings = None
+        if generation.accelerator.is_main_process:
+            settings = generation.vllm_client.settings()
+        return broadcast_object_list([settings], from_process=0)[0]
+    import vllm
+
+    model_config = generation.llm.llm_engine.model_config
+    multimodal = model_config.multimodal_config
+    return {
+        "version": vllm.__version__,
+        "logprobs_mode": model_config.logprobs_mode,
+        "dtype": str(model_config.dtype).removeprefix("torch."),
+        "max_model_len": model_config.max_model_len,
+        "images_per_prompt": None if multimodal is None else multimodal.get_limit_per_prompt("image"),
+    }
+
+
+def check_version(version: str, where: str) -> None:
+    if not Version(MIN_VLLM) <= Version(Version(version).base_version) < Version(BELOW_VLLM):
+        raise ValueError(
+            f"{where} is vLLM {version}, which TRL's sampler or transformers cannot work with. Install a version from "
+            f'{MIN_VLLM} to below {BELOW_VLLM}, as `pip install "gndpo-trl[vllm]"` does.'
+        )
+
+
+def check_prompt_ids(given: list[list[int]], reported: list[list[int] | None]) -> None:
+    """Raise `ValueError` if vLLM reports prompts other than those that it was given, naming the first difference."""
+    for row, (ours, theirs) in enumerate(zip(given, reported, strict=True)):
+        if theirs is None:
+            raise ValueError(
+                "vLLM does not report which prompt it sampled from, so nothing vouches for its image tokens. Use a "
+                "newer vLLM for the server, or `vllm_mode: colocate`."
+            )
+        ours, theirs = list(ours), list(theirs)
+        if ours != theirs:
+            same = (one == other for one, other in zip(ours, theirs, strict=False))
+            position = next((i for i, is_same in enumerate(same) if not is_same), min(len(ours), len(theirs)))
+            raise ValueError(
+                f"vLLM sampled row {row} from another prompt than the one that is trained on: {len(theirs)} tokens "
+                f"instead of {len(ours)}, different from position {position} on. If there are images, vLLM expands "
+                "their placeholders differently for this model; if not, look for `truncate_prompt_tokens` in "
+                "`generation_kwargs`."
+            )
+
+
+def check_prompt_length(which: str, length: int, max_model_len: int) -> None:
+    if length >= max_model_len:
+        raise ValueError(
+            f"{which} has {length} tokens, but vLLM holds {max_model_len} of prompt and completion together. Raise "
+            "`vllm_max_model_length` (`--max-model-len` of a server), or drop longer prompts from the data."
+        )
+
+
+def check_image_limit(dataset: Dataset, limit: int | None) -> None:
+    """Raise `ValueError` if rows of a dataset's column `images` hold more images than vLLM takes in a prompt."""
+    if limit is None or "images" not in (getattr(dataset, "column_names", None) or ()):
+        return
+    if not isinstance(dataset, Dataset):  # a stream is not read ahead
+        return
+    batches = dataset.select_columns("images").with_format("arrow").iter(batch_size=256)
+    most = max((pc.max(pc.list_value_length(batch["images"])).as_py() or 0 for batch in batches), default=0)
+    if most > limit:
+        raise ValueError(
+            f"The data have prompts with {most} images, but vLLM takes {limit}. Raise the server's "
+            "`--limit-mm-per-prompt`, or drop these rows."
+        )
