@@ -79,6 +79,13 @@ def test_fewer_prompts_than_a_generation_batch_takes(make_trainer, text_dataset,
     ).train()
 
 
+def test_a_stream_that_ends_before_the_first_step(make_trainer, text_dataset):
+    dataset = IterableDataset.from_generator(lambda: iter(text_dataset.select(range(1)).to_list()))
+    trainer = make_trainer(per_device_train_batch_size=8, trainer_options={"train_dataset": dataset})
+    with pytest.raises(ValueError, match="ended before a single step was made: a generation batch takes 4 prompts"):
+        trainer.train()
+
+
 def test_nothing_to_evaluate_on(make_trainer, text_dataset):
     with pytest.raises(ValueError, match=r"`eval_dataset\['hard'\]` has no rows"):
         make_trainer(trainer_options={"eval_dataset": {"easy": text_dataset, "hard": text_dataset.select([])}})

@@ -7,6 +7,7 @@ import re
 import tiny_models
 import torch
 import trl
+from transformers import Trainer
 from trl import GRPOConfig, GRPOTrainer
 from trl.rewards import think_format_reward
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
@@ -76,6 +77,44 @@ def test_the_kinds_of_losses_are_the_known_ones():
     names = set(re.findall(r'"(\w+)"', " ".join(re.findall(r"self\.loss_type (?:==|in) (.*):", source))))
     known = {*trl_hooks.ROW_MEAN_LOSSES, *trl_hooks.TOKEN_SUM_LOSSES, "bnpo"}
     assert names <= known, f"TRL has new losses: {names - known}"
+
+
+def test_scoring_does_nothing_with_the_model_but_to_call_it():
+    """A function stands in the model's place, which takes the prompts' labels away."""
+    source = inspect.getsource(GRPOTrainer._get_per_token_logps_and_entropies)
+    source = re.sub(r"#.*", "", source.split("all_logps = []")[1])
+    uses = re.findall(r"\bmodel\b.{0,12}", source)
+    assert uses == ["model(**model_inp"], f"TRL also uses the model in other ways: {uses}"
+    assert "labels=labels, fused_lm_head=True" in source, "TRL hands over the labels in another way"
+
+
+def test_every_metric_of_the_loss_is_known():
+    """Those of a micro-batch are weighted by its tokens or rows; extremes say so in their names."""
+    source = inspect.getsource(GRPOTrainer._compute_loss)
+    names = set(re.findall(r'self\._metrics\[mode\]\["([^"]+)"\]\.append', source))
+    token_means = {"kl", "entropy", "cispo_clip_ratio"} | {
+        f"clip_ratio/{kind}_mean" for kind in ("low", "high", "region")
+    }
+    extremes = {"clip_ratio/low_min", "clip_ratio/high_max"}
+    not_regrouped = {"policy_loss", "entropy_coef", "aux_loss"}  # rows are not regrouped where these are logged
+    known = token_means | extremes | not_regrouped | {*trl_hooks.ROW_METRICS}
+    assert names == known, f"TRL logs other metrics from its loss: {names ^ known}"
+
+
+def test_rewards_get_the_known_arguments():
+    source = inspect.getsource(GRPOTrainer._calculate_rewards)
+    names = {*re.findall(r'(?<!row_)reward_kwargs\["(\w+)"\] =', source)}
+    call = re.search(r"reward_func\(\s*(prompts=[^*]*)\*\*reward_kwargs", source)
+    names |= {*re.findall(r"(\w+)=", call[1])}
+    assert names == {*trl_hooks.REWARD_ARGUMENTS}, f"TRL passes other arguments: {names}"
+
+
+def test_the_trainer_state_is_the_last_thing_in_a_checkpoint():
+    source = inspect.getsource(Trainer._save_checkpoint)
+    order = [
+        source.find(step) for step in ("self.save_model(", "_save_optimizer_and", "_save_rng_state", "save_to_json")
+    ]
+    assert -1 not in order and order == sorted(order), "transformers writes checkpoints in another order"
 
 
 def test_rollouts_and_logs_have_the_expected_form(make_config, checkpoints, text_dataset):

@@ -2,6 +2,7 @@
 
 import inspect
 
+from datasets import IterableDataset
 from trl import GRPOTrainer
 
 from .checkpoints import CheckpointMixin
@@ -31,6 +32,16 @@ class ExtendedGRPOTrainer(SamplingMixin, RealTokensMixin, VLLMMixin, CheckpointM
         super().__init__(*args, **kwargs)
         check_images_are_read(self)
         self._trains_on_images = None
+
+    def train(self, *args, **kwargs):
+        output = super().train(*args, **kwargs)
+        if self.state.global_step == 0 and isinstance(self.train_dataset, IterableDataset):
+            needed = self.args.generation_batch_size // self.args.num_generations
+            raise ValueError(
+                f"`train_dataset` ended before a single step was made: a generation batch takes {needed} prompts. Give "
+                "more, or lower `per_device_train_batch_size`, `gradient_accumulation_steps` or `steps_per_generation`."
+            )
+        return output
 
     def _generate_and_score_completions(self, inputs):
         has_images = check_images_alike(inputs, self._trains_on_images if self.model.training else None)
