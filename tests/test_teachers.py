@@ -279,7 +279,8 @@ def test_a_loaded_teacher_whose_origin_is_gone_is_warned_about(make_trainer, tmp
 
 
 @pytest.mark.parametrize("path", ["./runs/teecher", "/no/such/folder", "nobody/no-such-model"])
-def test_a_mistyped_teacher_is_named(make_trainer, path):
+def test_a_mistyped_teacher_is_named(make_trainer, monkeypatch, path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # else it tries for a minute
     with pytest.raises(ValueError, match=f"`teacher_model` is '{path}', but no model can be found there.*config.json"):
         make_trainer(teacher_model=path)
     with pytest.raises(ValueError, match=f"`model` is '{path}', but no model"):

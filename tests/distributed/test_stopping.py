@@ -104,6 +104,6 @@ def test_fsdp_on_cpus_is_refused_instead_of_running_something_else(launch, accel
 
 @pytest.mark.parametrize("accelerate_config", ["zero3"])
 def test_a_sharded_teacher_is_not_offloaded_by_hand(launch, accelerate_config):
-    run = launch(accelerate_config, config={"teacher_offload": True})
+    run = launch(accelerate_config, config={"teacher_offload": True, "per_device_train_batch_size": 2})
     assert run.returncode != 0
     assert "`teacher_offload` is True" in run.output and "offload_param_device: cpu" in run.output
