@@ -125,7 +125,8 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
         check_arguments(args, rollout_func)
         self.teacher = get_teacher(teacher_model, teacher_processing_class, args)
         model_kwargs = args.model_init_kwargs or {}
-        revision, trust_remote_code = model_kwargs.get("revision"), args.trust_remote_code
+        revision = model_kwargs.get("revision")
+        trust_remote_code = model_kwargs.get("trust_remote_code", args.trust_remote_code)
         self.teacher.check(describe("model", model, processing_class, revision, trust_remote_code))
 
         super().__init__(

@@ -42,4 +42,4 @@ def test_every_rank_agrees_with_its_sampler(checkpoints, servers, tmp_path, mode
     assert run.returncode == 0, run.stderr[-5000:]
     reports = [json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2)]
     assert all(len(report["own"]) == 2 and max(report["own"]) < 1e-5 for report in reports)
-    assert reports[0]["own"] != reports[1]["own"] and max(reports[0]["all"]) < 1e-5
+    assert reports[0]["samples"] != reports[1]["samples"] and max(reports[0]["all"]) < 1e-5

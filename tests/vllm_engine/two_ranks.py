@@ -33,15 +33,17 @@ class RankTrainer(Trainer):
         self.differences.append(
             logp_difference(rollout["sampling_per_token_logps"], logps, rollout["completion_mask"])
         )
+        self.samples.append(rollout["sampling_per_token_logps"].sum().item())
 
 
-RankTrainer.differences = []
+RankTrainer.differences, RankTrainer.samples = [], []
 trainer = RankTrainer(
     model=model, reward_funcs=some_reward, args=VLLMConfig(**options), train_dataset=Dataset.from_list(rows)
 )
 trainer.train()
 report = {
     "own": [largest for _, largest in trainer.differences],
+    "samples": trainer.samples,
     "all": logged(trainer, "sampling/logp_difference/max"),
 }
 Path(options["output_dir"], f"rank{trainer.accelerator.process_index}.json").write_text(json.dumps(report))
