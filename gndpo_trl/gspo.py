@@ -26,6 +26,10 @@ class GSPOConfig(ExtendedGRPOConfig):
             the reference model). Completions of similar length share a forward pass; one that is longer than the
             budget gets its own. If `None`, as many forward passes are made as there are micro-batches in the loss, of
             the same size.
+        share_prompts (`bool`, *optional*):
+            Whether a forward pass computes a prompt, with its images, once for all of its completions. `None` does so
+            where the model is found to compute the same and at least a tenth of the tokens is saved; the log names the
+            models that keep separate rows, and why. `True` raises an error instead. `False` keeps separate rows.
         importance_sampling_level (`str`, *optional*, defaults to `"sequence"`):
             Level of the importance ratio. `"sequence"` is GSPO, `"token"` is GRPO.
         loss_type (`str`, *optional*, defaults to `"grpo"`):
