@@ -33,7 +33,7 @@ class SharingMixin:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._share_prompts = getattr(self.args, "share_prompts", None)
+        self._share_prompts = getattr(self.args, "share_prompts", False)  # a plain GRPOConfig does not ask for it
         self._reasons = {}  # why a model keeps separate rows, or None: (model, in the loss) -> reason
         if self._share_prompts:
             reason = self._reason_in_run() or reason_against(self.accelerator.unwrap_model(self.model))
