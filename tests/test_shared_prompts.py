@@ -163,7 +163,9 @@ def trainer(tmp_path_factory):
     )
     dataset = Dataset.from_list([{"prompt": "one"}])
     assert isinstance(model, Qwen3ForCausalLM)
-    return GSPOTrainer(model, lambda completions, **_: [0.0] * len(completions), args, dataset, processing_class=tokenizer)
+    return GSPOTrainer(
+        model, lambda completions, **_: [0.0] * len(completions), args, dataset, processing_class=tokenizer
+    )
 
 
 def forward(trainer, model, batch: dict, shared: bool):
@@ -242,7 +244,9 @@ def test_two_passes_before_one_backward_with_gradient_checkpointing(trainer, fam
 
 @pytest.mark.parametrize("family", ["qwen3", "qwen2_5_vl"])
 def test_adapters(trainer, family):
-    model = get_peft_model(build(family), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    model = get_peft_model(
+        build(family), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    )
     model.eval()
     batch = make_batch(family)
     assert trainer._can_share(model, batch, in_loss=True)
@@ -269,7 +273,9 @@ def test_every_token_and_every_image_is_computed_once(trainer, family):
     for shared in (False, True):
         forward(trainer, model, batch, shared)
     prompts = {prompt: row for row, (prompt, _) in enumerate(ROWS)}
-    distinct = sum(int(batch["prompt_mask"][row].sum()) for row in prompts.values()) + sum(length for _, length in ROWS)
+    distinct = sum(int(batch["prompt_mask"][row].sum()) for row in prompts.values()) + sum(
+        length for _, length in ROWS
+    )
     # The last token of a prompt starts its branches, and the last one of a completion predicts nothing.
     assert tokens[1] == distinct - len(prompts) + sum(length == 0 for _, length in ROWS) <= distinct < tokens[0]
     if family in ("internvl", "llava"):
@@ -341,11 +347,20 @@ REFUSED = {
         "layers of type 'linear_attention'",
     ),
     "mamba": ("mamba", {**TEXT, "state_size": 4}, "its attention cannot be exchanged"),
-    "ALiBi": ("bloom", {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4}, "cannot be exchanged"),
+    "ALiBi": (
+        "bloom",
+        {"vocab_size": VOCABULARY, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+        "cannot be exchanged",
+    ),
     "bidirectional image attention": (
         "paligemma",
         {
-            "vision_config": {"model_type": "siglip_vision_model", **CLIP, "num_attention_heads": 2, "projection_dim": 32},
+            "vision_config": {
+                "model_type": "siglip_vision_model",
+                **CLIP,
+                "num_attention_heads": 2,
+                "projection_dim": 32,
+            },
             "text_config": {"model_type": "gemma", **TEXT},
             "image_token_id": IMAGE,
             "projection_dim": 32,

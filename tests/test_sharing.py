@@ -136,13 +136,19 @@ def make_sharing(make_trainer):
 
 
 def count_tokens(trainer) -> dict[str, list[int]]:
-    """Tokens of every forward pass of the teacher and the student from now on."""
-    tokens = {"teacher": [], "student": []}
+    """Tokens of every forward pass of the teacher, the student and the loss from now on."""
+    tokens = {"teacher": [], "student": [], "loss": []}
+
+    def watch(who):
+        def hook(module, args, kwargs):
+            purpose = "loss" if who == "student" and torch.is_grad_enabled() else who
+            tokens[purpose].append(kwargs["input_ids"].numel())
+
+        return hook
+
     for who, model in (("student", trainer.model), ("teacher", trainer.teacher.model)):
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
-        core.base_model.register_forward_pre_hook(
-            lambda module, args, kwargs, who=who: tokens[who].append(kwargs["input_ids"].numel()), with_kwargs=True
-        )
+        core.base_model.register_forward_pre_hook(watch(who), with_kwargs=True)
     return tokens
 
 
@@ -169,6 +175,8 @@ def test_gradients_and_metrics_are_those_of_separate_rows(make_sharing, case):
         torch.manual_seed(0)
         found[share_prompts], logs[share_prompts] = gradients(trainer), trainer.state.log_history[0]
     assert_same_gradients(found[True], found[False])
+    assert len(tokens[True]["loss"]) == len(tokens[False]["loss"])
+    assert sum(tokens[True]["loss"]) < sum(tokens[False]["loss"])
     assert logs[True].keys() == logs[False].keys()
     for name, value in logs[False].items():
         if not name.startswith(("time/", "step_time", "train_")) and name not in ("num_tokens",):

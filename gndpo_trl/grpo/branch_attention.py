@@ -124,7 +124,9 @@ def shared_prompts_attention(
     problem = find_problem(module, query, key, attention_mask, shared_prompts, kwargs)
     if problem is not None:
         if shared_prompts.problems is None:
-            raise ValueError(f"{type(module).__name__} cannot attend to shared prompts: {problem}. Set `share_prompts: false`.")
+            raise ValueError(
+                f"{type(module).__name__} cannot attend to shared prompts: {problem}. Set `share_prompts: false`."
+            )
         shared_prompts.problems.append(problem)
         return sdpa_attention_forward(module, query, key, value, None, **kwargs)
 
@@ -138,7 +140,9 @@ def shared_prompts_attention(
     for chunk in shared_prompts.chunks:
         queries = take(query, chunk.columns)
         keys, values = (
-            torch.cat([states[:, :, chunk.prompt].expand(len(chunk.columns), -1, -1, -1), take(states, chunk.columns)], 2)
+            torch.cat(
+                [states[:, :, chunk.prompt].expand(len(chunk.columns), -1, -1, -1), take(states, chunk.columns)], 2
+            )
             for states in (key, value)
         )
         output, _ = sdpa_attention_forward(module, queries, keys, values, chunk.mask, **kwargs)

@@ -84,7 +84,9 @@ class SharedPrompts:
         )
 
         # (row, first column, number of columns) of each piece of the packed row
-        pieces = [(row, width - 1 - length, length) for row, length in zip(self.first_rows, lengths_before, strict=True)]
+        pieces = [
+            (row, width - 1 - length, length) for row, length in zip(self.first_rows, lengths_before, strict=True)
+        ]
         pieces += [(row, width - 1, branch_lengths[row]) for rows in ordered for row in rows]
         rows, first_columns, sizes = torch.tensor(pieces).unbind(1)
         ends = sizes.cumsum(0)
@@ -104,7 +106,10 @@ class SharedPrompts:
         self.scored_columns = scored.clamp(max=len(columns) - 1).to(device)
         self.is_padding = (torch.arange(logits_to_keep) >= torch.tensor(completion_lengths).unsqueeze(1)).to(device)
         is_branch = torch.arange(len(columns)) >= sum(lengths_before)
-        self.is_scored = is_branch.to(device) & attention_mask[self.rows, (self.columns + 1).clamp(max=width + logits_to_keep - 1)].bool()
+        self.is_scored = (
+            is_branch.to(device)
+            & attention_mask[self.rows, (self.columns + 1).clamp(max=width + logits_to_keep - 1)].bool()
+        )
         self.width = width
 
     def pack(self, values: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,12 @@ class SharingMixin:
             self._check_share_prompts(self.model, reason)
 
     def _plan_sharing(
-        self, model, batches: list[dict[str, Any]], costs: list[int], in_loss: bool = False, token_budget: int | None = None
+        self,
+        model,
+        batches: list[dict[str, Any]],
+        costs: list[int],
+        in_loss: bool = False,
+        token_budget: int | None = None,
     ) -> tuple[Plan, list[int]] | None:
         """
         Passes over shared prompts, and the prompts' numbers; `None` for separate rows. All ranks call it together.
