@@ -245,3 +245,23 @@ def test_a_model_that_cannot_share_trains_on_separate_rows(make_sharing, caplog)
     trainer.train()
     lines = [message for message in caplog.messages if "computes a prompt once for each" in message]
     assert len(lines) == 2 and all("'eager'" in line for line in lines), "the teacher has the student's attention"
+
+
+def test_half_precision_is_no_reason_against_it(make_sharing):
+    trainer = make_sharing(bf16=True)
+    trainer.train()
+    assert set(trainer._reasons.values()) == {None}
+
+
+def test_losses_whose_rows_are_not_regrouped_share_prompts_too(make_sharing):
+    trainer = make_sharing(
+        share_prompts=None, loss_type="bnpo", per_device_train_batch_size=8, gradient_accumulation_steps=1
+    )
+    tokens = count_tokens(trainer)
+    trainer.train()
+    separate = make_sharing(
+        share_prompts=False, loss_type="bnpo", per_device_train_batch_size=8, gradient_accumulation_steps=1
+    )
+    expected = count_tokens(separate)
+    separate.train()
+    assert sum(tokens["loss"]) < 0.7 * sum(expected["loss"])

@@ -18,8 +18,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 
 IMPLEMENTATION = "sdpa_shared_prompts"
-# Branches of a prompt are attended from as one padded batch where the shortest is at least this much of the longest.
-SHORTEST_IN_CHUNK = 0.75
+# Branches of a prompt are attended from as one padded batch where the shortest is at least this much of the longest, and
+# at most so many, since the batch holds a copy of the prompt's keys and values for each.
+SHORTEST_IN_CHUNK, LARGEST_CHUNK = 0.75, 4
 # What other kinds of attention hand to their function beside queries, keys and values.
 UNKNOWN_ATTENTION = ("sliding_window", "softcap", "s_aux", "sinks", "position_bias", "cache")
 
@@ -86,10 +87,10 @@ class Branches:
 
 
 def split_by_length(lengths: list[int]) -> list[list[int]]:
-    """Descending lengths, cut where the next is shorter than `SHORTEST_IN_CHUNK` of the first since the last cut."""
+    """Descending lengths of branches, cut into those of each padded batch."""
     chunks = []
     for length in lengths:
-        if chunks and length >= SHORTEST_IN_CHUNK * chunks[-1][0]:
+        if chunks and length >= SHORTEST_IN_CHUNK * chunks[-1][0] and len(chunks[-1]) < LARGEST_CHUNK:
             chunks[-1].append(length)
         else:
             chunks.append([length])

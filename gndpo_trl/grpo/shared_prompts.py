@@ -17,6 +17,9 @@ from .trl_hooks import MULTIMODAL_KEYS, split_pixel_values_by_grid
 
 # A plan has to save this much of the tokens to be followed, unless `share_prompts` is True.
 WORTHWHILE = 0.1
+# Attention keeps a copy of the keys and values of the prompt for each branch until the backward pass. They are so much of
+# what a layer keeps for a token: two of about sixteen vectors.
+COPIES = 1 / 8
 
 
 def same_prompts(batches: list[dict[str, Any]]) -> list[int]:
@@ -151,8 +154,8 @@ class Plan:
         prompts (`list[int]`): See [`same_prompts`].
         largest_pass (`int`): Tokens that a pass may hold, where it has more than one row. The largest pass of the
             separate rows that it stands in for, so that no pass needs more memory than that.
-        num_passes (`int`, *optional*): Exactly so many passes; then one may be larger than `largest_pass` where it has
-            to be. If `None`, those that cost least.
+        num_passes (`int`, *optional*): Exactly so many passes, of the loss, whose backward pass needs room for copies of
+            the prompts; one may be larger than `largest_pass` where it has to be. If `None`, those that cost least.
         gather (`Callable`, *optional*): Concatenates a tensor along its first dimension over all ranks, which plan
             together.
 
@@ -182,13 +185,15 @@ class Plan:
         # What a row adds to the pass of the row before it, and what it costs more as the first one of a pass.
         adds = [branch_lengths[row] + begin * prompt_lengths[row] for row, begin in zip(order, begins, strict=True)]
         again = [(not begin) * prompt_lengths[row] for row, begin in zip(order, begins, strict=True)]
-        ranks = gather(torch.tensor([[adds, again]], device=prompt_mask.device)).double().cpu()
-        costs = pass_costs(ranks)
+        whole = [prompt_lengths[row] + branch_lengths[row] for row in order]
+        ranks = gather(torch.tensor([[adds, again, whole]], device=prompt_mask.device)).double().cpu()
+        costs = pass_costs(ranks[:, :2])
         if num_passes is None:
             sizes = cut_within(costs, largest_pass)
         else:
-            limit = max(smallest_largest(costs, num_passes), largest_pass)
-            sizes = cheapest_cut(costs.masked_fill(costs > limit, torch.inf), num_passes)
+            memory = costs + COPIES * pass_costs(torch.stack([ranks[:, 2], torch.zeros_like(ranks[:, 2])], 1))
+            limit = max(smallest_largest(memory, num_passes), (1 + COPIES) * largest_pass)
+            sizes = cheapest_cut(costs.masked_fill(memory > limit, torch.inf), num_passes)
         bounds = [0]
         for size in sizes:
             bounds.append(bounds[-1] + size)

@@ -73,10 +73,8 @@ class SharingMixin:
 
     def _prompts_of_micro_batch(self, model, batch: dict[str, Any]) -> list[int] | None:
         """Numbers of the prompts of a micro-batch of the loss if its rows shall share them. Each rank decides for itself."""
-        if self._share_prompts:
-            if not self._can_share(model, batch, in_loss=True):
-                return None
-        elif self._reasons.get((self._core(model), True), "unknown") is not None:
+        is_asked = self._share_prompts or (self._core(model), False) in self._reasons  # alike on all ranks
+        if not is_asked or not self._can_share(model, batch, in_loss=True):
             return None
         prompts = same_prompts([batch])
         prompt_lengths, completion_lengths = batch["prompt_mask"].sum(-1), batch["completion_mask"].sum(-1)
@@ -133,10 +131,13 @@ class SharingMixin:
         if (core, False) not in self._reasons:
             reason = reason_against(core)
             if reason is None:
+                config = core_of(core).get_decoder().config
+                before, config._attn_implementation = config._attn_implementation, IMPLEMENTATION
                 reason = self._compare(model, batch)
-            is_against = torch.tensor([reason is not None], device=self.accelerator.device)
-            if gather(is_against).any() and reason is None:
-                reason = "another process found a reason"
+                is_against = torch.tensor([reason is not None], device=self.accelerator.device)
+                if gather(is_against).any():
+                    reason = reason or "another process found a reason"
+                    config._attn_implementation = before
             if reason is None:
                 logger.info(f"{type(core_of(core)).__name__} computes each prompt once for all of its completions.")
             self._settle(core, False, reason)
@@ -177,11 +178,8 @@ class SharingMixin:
 
     def _compare(self, model, batch: dict[str, Any]) -> str | None:
         """Why not to trust the model, by a few tokens of a batch in separate rows and in a packed one."""
-        core = self._core(model)
-        decoder = core_of(core).get_decoder()
         rows, prompts, logits_to_keep = probe_rows(batch)
-        problems, before = [], decoder.config._attn_implementation
-        decoder.config._attn_implementation = IMPLEMENTATION
+        problems = []
         try:
             with torch.no_grad(), evaluating(model):
                 expected, _, _ = self._forward(model, dict(rows), logits_to_keep)
@@ -192,15 +190,12 @@ class SharingMixin:
             problems.append(f"it raised {type(error).__name__}: {error}")
         if not problems:
             difference = (found - expected)[rows["attention_mask"][:, -logits_to_keep:].bool()].abs().mean().item()
-            dtypes = {parameter.dtype for parameter in core.parameters()}
+            dtypes = {parameter.dtype for parameter in model.parameters()}
             is_exact = dtypes == {torch.float32} and self.accelerator.mixed_precision == "no"
             is_exact = is_exact and torch.get_float32_matmul_precision() == "highest"
             if not difference <= (PROBE_LIMIT if is_exact else PROBE_LIMIT_HALF):
                 problems.append(f"its log-probs differ by {difference:.2g} nats from those of separate rows")
-        if problems:
-            decoder.config._attn_implementation = before
-            return problems[0]
-        return None
+        return problems[0] if problems else None
 
 
 def probe_rows(batch: dict[str, Any]) -> tuple[dict[str, Any], list[int], int]:

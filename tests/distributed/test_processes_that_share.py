@@ -1,9 +1,11 @@
 """Two processes whose rows share prompts take the steps of two processes with separate rows."""
 
 import pytest
+import tiny_models
 import torch
 from safetensors.torch import load_file
 from test_numbers import COMPLETIONS
+from transformers import MistralConfig, MistralForCausalLM
 
 
 @pytest.mark.parametrize(
@@ -59,3 +61,18 @@ def test_one_process_that_cannot_share_keeps_all_from_it(launch, accelerate_conf
     first, last = (set(report["reasons_against_sharing"]) for report in run.reports)
     assert first == {"another process found a reason"} and last == {"it is told not to"}
     assert "Qwen3ForCausalLM computes a prompt once for each of its completions: another process" in run.output
+
+
+@pytest.mark.parametrize("accelerate_config", ["zero3"])
+def test_a_model_that_is_found_out_in_its_forward_pass_trains_on_separate_rows(launch, accelerate_config, tmp_path):
+    tokenizer = tiny_models.build_tokenizer()
+    config = MistralConfig(**tiny_models.text_options(tokenizer, 32, None), sliding_window=4)
+    student = tiny_models.save(MistralForCausalLM(config), tokenizer, tmp_path)
+    config = {"num_generations": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    run = launch(accelerate_config, "qwen3", config, completions=COMPLETIONS, model=student)
+    assert run.returncode == 0, run.output
+    assert (
+        "MistralForCausalLM computes a prompt once for each of its completions: it uses `sliding_window`" in run.output
+    )
+    for report in run.reports:
+        assert sorted(report["reasons_against_sharing"], key=str) == [None, "it uses `sliding_window`"]
