@@ -235,6 +235,8 @@ def time_method(cls: type, name: str, get_phase) -> None:
 
 
 def forward_phase(trainer, model) -> str:
+    if not isinstance(model, torch.nn.Module):  # what GNDPO hands to TRL in place of the model, in a phase of its own
+        return trainer.stopwatch.stack[-1]
     if model is trainer.stopwatch.teacher:
         return "teacher scoring"
     return "loss + backward" if torch.is_grad_enabled() else "student scoring"
@@ -250,6 +252,8 @@ def time_trainers() -> None:
     for name in ("_prepare_inputs", "_generate_and_score_completions", "_compute_loss"):
         time_method(GNDPOTrainer, name, lambda *_: "GNDPO's own")
     time_method(GNDPOTrainer, "_get_per_token_logps_and_entropies", lambda *_: "GNDPO's own")
+    for name in ("_forward", "_forward_shared"):
+        time_method(GNDPOTrainer, name, forward_phase)
 
 
 # ---- an arm: a trainer, its optimizer, and one step of it
@@ -424,10 +428,10 @@ def measure(
             name: {
                 "seconds": {phase: statistics.median(values) for phase, values in seconds[name].items()},
                 "tokens": dict(arm.stopwatch.tokens),
-                "distinct_tokens": distinct_tokens(arm.trainer, rows, completions),
             }
             for name, arm in arms.items()
         }
+        results[lengths]["gndpo"]["distinct_tokens"] = distinct_tokens(arms["gndpo"].trainer, rows, completions)
     if device.type == "cpu":
         keep_freed_memory(False)
     for lengths, result in results.items():
@@ -439,15 +443,13 @@ def measure(
     return results
 
 
-def distinct_tokens(trainer, rows: list[dict], completions: list[list[int]]) -> int:
+def distinct_tokens(trainer: GNDPOTrainer, rows: list[dict], completions: list[list[int]]) -> int:
     """Tokens of a step's prompts, each counted once, and of its completions."""
-    prompts = [row["prompt"] for row in rows]
+    firsts = [row for index, row in enumerate(rows) if index == 0 or row is not rows[index - 1]]
+    prompts = [row["prompt"] for row in firsts]
     if "images" in rows[0]:
-        prompts = [prepare_multimodal_messages(row["prompt"], images=row["images"]) for row in rows]
-    if isinstance(trainer, DistillationTrainer):
-        return 0
-    firsts = [prompts[index] for index in range(len(rows)) if index == 0 or rows[index] is not rows[index - 1]]
-    return sum(map(len, trainer._tokenize_prompts(firsts)[0])) + sum(map(len, completions))
+        prompts = [prepare_multimodal_messages(row["prompt"], images=row["images"]) for row in firsts]
+    return sum(map(len, trainer._tokenize_prompts(prompts)[0])) + sum(map(len, completions))
 
 
 def measure_shared_prompts(case: str, args: argparse.Namespace, device: torch.device) -> dict:

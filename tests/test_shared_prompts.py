@@ -317,7 +317,12 @@ def test_prompts_are_the_same_with_equal_tokens_and_equal_images():
 
 SLIDING = {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 4, "use_sliding_window": True}
 REFUSED = {
-    "sliding window": ("mistral", {**TEXT, "sliding_window": 4}, "it uses `sliding_window`"),
+    "sliding window": ("mistral", {**TEXT, "sliding_window": 4}, "it has a sliding window"),
+    "a window that its configuration hides": (
+        "mistral",
+        {**TEXT, "sliding_window": 4, "layer_types": ["full_attention"] * 2},
+        "it uses `sliding_window`",
+    ),
     "some sliding windows": ("qwen3", {**TEXT, **SLIDING}, "layers of type 'sliding_attention'"),
     "softcap": ("gemma2", {**TEXT, "layer_types": ["full_attention"] * 2}, "`attn_implementation` is 'eager'"),
     "sinks": (

@@ -21,8 +21,10 @@ IMPLEMENTATION = "sdpa_shared_prompts"
 # Branches of a prompt are attended from as one padded batch where the shortest is at least this much of the longest, and
 # at most so many, since the batch holds a copy of the prompt's keys and values for each.
 SHORTEST_IN_CHUNK, LARGEST_CHUNK = 0.75, 4
-# What other kinds of attention hand to their function beside queries, keys and values.
-UNKNOWN_ATTENTION = ("sliding_window", "softcap", "s_aux", "sinks", "position_bias", "cache")
+# What models hand to the attention of "sdpa" beside queries, keys, values and mask. Anything else (a window, a softcap,
+# sinks, a bias) is another kind of attention.
+KNOWN_OPTIONS = ("dropout", "scaling", "is_causal", "position_ids", "use_cache", "num_items_in_batch")
+KNOWN_OPTIONS += ("output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "cache_position")
 
 
 @dataclass
@@ -157,7 +159,9 @@ def take(states: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
 
 
 def find_problem(module, query, key, attention_mask, branches: Branches, options: dict) -> str | None:
-    unknown = [name for name in UNKNOWN_ATTENTION if options.get(name) is not None]
+    unknown = [
+        name for name, value in options.items() if not (name in KNOWN_OPTIONS or value is None or value is False)
+    ]
     if unknown:
         return f"it uses `{unknown[0]}`"
     if attention_mask is None or attention_mask.shape != (1, 1, 1, 1):
@@ -199,6 +203,9 @@ def reason_against(model: torch.nn.Module) -> str | None:
         return f"its `attn_implementation` is {config._attn_implementation!r}, and only 'sdpa' is known here"
     if core._is_stateful or decoder._is_stateful:
         return "its layers keep a state"
+    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    if window and getattr(config, "layer_types", None) is None:
+        return "it has a sliding window"
     other = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if other:
         return f"it has layers of type {sorted(other)[0]!r}"

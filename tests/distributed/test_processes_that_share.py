@@ -66,7 +66,8 @@ def test_one_process_that_cannot_share_keeps_all_from_it(launch, accelerate_conf
 @pytest.mark.parametrize("accelerate_config", ["zero3"])
 def test_a_model_that_is_found_out_in_its_forward_pass_trains_on_separate_rows(launch, accelerate_config, tmp_path):
     tokenizer = tiny_models.build_tokenizer()
-    config = MistralConfig(**tiny_models.text_options(tokenizer, 32, None), sliding_window=4)
+    options = {"sliding_window": 4, "layer_types": ["full_attention"] * 2}  # hides it from a look at the structure
+    config = MistralConfig(**tiny_models.text_options(tokenizer, 32, None), **options)
     student = tiny_models.save(MistralForCausalLM(config), tokenizer, tmp_path)
     config = {"num_generations": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     run = launch(accelerate_config, "qwen3", config, completions=COMPLETIONS, model=student)
