@@ -9,11 +9,15 @@ What one optimizer step of on-policy distillation costs once the completions are
     padded        GNDPO with TRL's padding and micro-batches (`pad_to_multiple_of=1`)
     gndpo         GNDPO
     gndpo-logps   GNDPO with `use_sampling_logps`, which saves the student's scoring pass where the sampler is vLLM
+    gndpo-rows    GNDPO with `share_prompts=False`: each prompt once for each of its completions
 
 All of them take their steps in turn, in one process, on the same completions, which are drawn once instead of sampled: with
 log-normal lengths of which the mean is 0.3 of the longest, and with equal lengths. Models have random weights. A step is
 everything between the completions and the updated weights; reported are medians over the repeated steps. Peak memory is
 measured in a step of its own: the weights and optimizer state of the arm, plus what the step needs on top of them.
+
+Prompts of that are short. `--shared_prompts` adds cases with prompts as long as image questions are, with 16 completions
+each in micro-batches of 16, and log-normal lengths.
 """
 
 import argparse
@@ -25,7 +29,6 @@ import os
 import statistics
 import sys
 import time
-import types
 from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,6 +45,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 from trl import DistillationConfig, DistillationTrainer, GRPOConfig, GRPOTrainer
+from trl.data_utils import prepare_multimodal_messages
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
 from gndpo_trl.gspo import GSPOConfig, GSPOTrainer
@@ -51,7 +55,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny_models  # noqa: E402  the image-text pair's processor, which needs no torchvision
 
 
-ARMS = ("grpo", "gspo", "distillation", "padded", "gndpo", "gndpo-logps")
+ARMS = ("grpo", "gspo", "distillation", "padded", "gndpo", "gndpo-logps", "gndpo-rows")
 PHASES = ("teacher scoring", "student scoring", "loss + backward", "optimizer", "TRL's bookkeeping", "GNDPO's own")
 TEXT_TOKENS = 8000
 
@@ -61,9 +65,19 @@ TEXT_TOKENS = 8000
 SIZES = {
     "small": ((128, 384, 4, 4), (256, 768, 4, 4)),
     "small-deep": ((128, 384, 12, 4), (192, 576, 12, 6)),
+    "small-wide": ((256, 768, 4, 4), (768, 2304, 4, 12)),
     "small-internvl": ((128, 384, 4, 4), (256, 768, 4, 4)),
+    "small-whole-internvl": ((128, 384, 4, 4), (256, 768, 4, 4)),  # images of 256 tokens
     "qwen3": ((1024, 3072, 28, 16), (2048, 6144, 28, 16)),
     "internvl": ((1024, 3072, 28, 16), (2048, 6144, 28, 16)),
+}
+
+# Size of the models, words in a prompt, mean length of its completions.
+SHARED_PROMPTS = {
+    "prompts_512": ("small", 512, 150),
+    "prompts_512_wide": ("small-wide", 512, 150),
+    "prompts_1024": ("small", 1024, 256),
+    "images": ("small-whole-internvl", 76, 150),
 }
 
 
@@ -105,9 +119,10 @@ def build_model(size: str, shape: tuple[int, int, int, int], dtype: torch.dtype,
     )
     vision = {"image_size": [448, 448], "patch_size": [14, 14]}  # 256 tokens per tile
     if is_small:
-        vision = {"image_size": [56, 56], "patch_size": [14, 14], "hidden_size": 128, "intermediate_size": 256}
-        vision.update(num_hidden_layers=2, num_attention_heads=4)
-    tokens_per_tile = 4 if is_small else 256
+        vision.update(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
+    if size == "small-internvl":
+        vision["image_size"] = [56, 56]
+    tokens_per_tile = 4 if size == "small-internvl" else 256
     config = AutoConfig.for_model(
         "internvl",
         text_config={**text, "eos_token_id": tokenizer.eos_token_id},
@@ -122,9 +137,9 @@ def build_processing_class(size: str):
     if not size.endswith("internvl"):
         return build_tokenizer()
     _, processor = tiny_models.build_internvl()
-    edge = 56 if size.startswith("small") else 448
+    edge = 56 if size == "small-internvl" else 448
     processor.image_processor.size = {"height": edge, "width": edge}
-    processor.image_seq_length = 4 if size.startswith("small") else 256
+    processor.image_seq_length = 4 if size == "small-internvl" else 256
     return processor
 
 
@@ -148,6 +163,7 @@ def draw_batch(size: str, lengths: str, args: argparse.Namespace) -> tuple[list[
     rows = []
     for _ in range(args.completions // args.num_generations):
         num_words = 44 if lengths == "constant" else torch.randint(24, 65, (1,), generator=generator).item()
+        num_words = args.prompt_words or num_words
         if size.endswith("internvl"):
             words = torch.randint(0, len(tiny_models.WORDS), (num_words,), generator=generator).tolist()
             prompt = [{"role": "user", "content": " ".join(tiny_models.WORDS[word] for word in words)}]
@@ -200,8 +216,11 @@ class Stopwatch:
         self.last = now
 
     def count_tokens(self, module, args, kwargs) -> None:
-        self.tokens["real"] += kwargs["attention_mask"].sum().item()
-        self.tokens["padded"] += kwargs["attention_mask"].numel()
+        self.tokens["padded"] += kwargs["input_ids"].numel()
+        if "shared_prompts" in kwargs:  # a packed row holds no padding
+            self.tokens["real"] += kwargs["input_ids"].numel()
+        else:
+            self.tokens["real"] += kwargs["attention_mask"].sum().item()
 
 
 def time_method(cls: type, name: str, get_phase) -> None:
@@ -218,10 +237,10 @@ def time_method(cls: type, name: str, get_phase) -> None:
 
 
 def forward_phase(trainer, model) -> str:
+    if not isinstance(model, torch.nn.Module):  # what GNDPO hands to TRL in place of the model, in a phase of its own
+        return trainer.stopwatch.stack[-1]
     if model is trainer.stopwatch.teacher:
         return "teacher scoring"
-    if isinstance(model, types.FunctionType):  # what GNDPO hands to TRL in place of the model, within a phase
-        return trainer.stopwatch.stack[-1]
     return "loss + backward" if torch.is_grad_enabled() else "student scoring"
 
 
@@ -236,7 +255,8 @@ def time_trainers() -> None:
         for name in ("_prepare_inputs", "_generate_and_score_completions", "_compute_loss"):
             time_method(trainer, name, lambda *_: "GNDPO's own")
         time_method(trainer, "_get_per_token_logps_and_entropies", lambda *_: "GNDPO's own")
-        time_method(trainer, "_forward", forward_phase)
+        for name in ("_forward", "_forward_shared"):
+            time_method(trainer, name, forward_phase)
 
 
 # ---- an arm: a trainer, its optimizer, and one step of it
@@ -268,6 +288,8 @@ class Arm:
             options["scoring_token_budget"] = args.scoring_token_budget
         if name == "gndpo-logps":
             options["use_sampling_logps"] = True
+        if name == "gndpo-rows":
+            options["share_prompts"] = False
         sources = {"model": build_model(size, student_shape, dtype, seed=0)}
         if has_teacher:
             sources["teacher_model"] = build_model(size, teacher_shape, dtype, seed=1)
@@ -388,12 +410,14 @@ def peak_bytes(arm: Arm, rows: list[dict], device: torch.device) -> dict[str, in
 # ---- the measurement, and what becomes of it
 
 
-def measure(size: str, args: argparse.Namespace, device: torch.device) -> dict:
+def measure(
+    size: str, args: argparse.Namespace, device: torch.device, cases: tuple[str, ...] = ("heavy_tailed", "constant")
+) -> dict:
     if device.type == "cpu":
         keep_freed_memory(True)
     arms = {name: Arm(name, size, args, device) for name in ARMS}
     results = {}
-    for lengths in ("heavy_tailed", "constant"):
+    for lengths in cases:
         rows, completions = draw_batch(size, lengths, args)
         seconds = {name: defaultdict(list) for name in ARMS}
         for arm in arms.values():
@@ -413,6 +437,7 @@ def measure(size: str, args: argparse.Namespace, device: torch.device) -> dict:
             }
             for name, arm in arms.items()
         }
+        results[lengths]["gndpo"]["distinct_tokens"] = distinct_tokens(arms["gndpo"].trainer, rows, completions)
     if device.type == "cpu":
         keep_freed_memory(False)
     for lengths, result in results.items():
@@ -422,6 +447,22 @@ def measure(size: str, args: argparse.Namespace, device: torch.device) -> dict:
             by_part = peak_bytes(arm, rows, device)
             result[name].update(peak_bytes=max(by_part.values()), peak_bytes_by_part=by_part)
     return results
+
+
+def distinct_tokens(trainer: GNDPOTrainer, rows: list[dict], completions: list[list[int]]) -> int:
+    """Tokens of a step's prompts, each counted once, and of its completions."""
+    firsts = [row for index, row in enumerate(rows) if index == 0 or row is not rows[index - 1]]
+    prompts = [row["prompt"] for row in firsts]
+    if "images" in rows[0]:
+        prompts = [prepare_multimodal_messages(row["prompt"], images=row["images"]) for row in firsts]
+    return sum(map(len, trainer._tokenize_prompts(prompts)[0])) + sum(map(len, completions))
+
+
+def measure_shared_prompts(case: str, args: argparse.Namespace, device: torch.device) -> dict:
+    size, words, mean = SHARED_PROMPTS[case]
+    options = {"prompt_words": words, "max_completion_length": round(mean / 0.3), "num_generations": 16}
+    options["micro_batch"] = 16
+    return measure(size, argparse.Namespace(**{**vars(args), **options}), device, ("heavy_tailed",))
 
 
 def ratios(results: dict) -> dict:
@@ -434,6 +475,11 @@ def ratios(results: dict) -> dict:
             table[lengths][f"gndpo_logps_vs_{name}"] = logps_seconds / arms[name]["seconds"]["step"]
             table[lengths][f"gndpo_vs_{name}_memory"] = gndpo["peak_bytes"] / arms[name]["peak_bytes"]
         table[lengths]["gspo_vs_grpo"] = arms["gspo"]["seconds"]["step"] / arms["grpo"]["seconds"]["step"]
+        rows = arms["gndpo-rows"]
+        table[lengths]["gndpo_vs_rows"] = gndpo["seconds"]["step"] / rows["seconds"]["step"]
+        table[lengths]["gndpo_vs_rows_memory"] = gndpo["peak_bytes"] / rows["peak_bytes"]
+        # Teacher, student and loss compute every token once.
+        table[lengths]["tokens_vs_distinct"] = gndpo["tokens"]["padded"] / (3 * gndpo["distinct_tokens"])
         table[lengths]["padded_per_real_token"] = gndpo["tokens"]["padded"] / gndpo["tokens"]["real"]
         table[lengths]["own_share_of_step"] = gndpo["seconds"]["GNDPO's own"] / gndpo["seconds"]["step"]
     return table
@@ -496,21 +542,28 @@ def main() -> None:
     parser.add_argument("--micro_batch", type=int, default=4, help="per_device_train_batch_size")
     parser.add_argument("--max_completion_length", type=int, help="default: 512 on a CPU, 4096 on a GPU")
     parser.add_argument("--scoring_token_budget", type=int, help="of the arm gndpo; see GNDPOConfig")
+    parser.add_argument(
+        "--shared_prompts", nargs="*", choices=SHARED_PROMPTS, default=["prompts_512"], help="cases of longer prompts"
+    )
     parser.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--repeats", type=int, default=3, help="measured steps of each arm")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--plot", type=Path, default=Path("runs/step_cost.png"))
     args = parser.parse_args()
+    args.prompt_words = None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.max_completion_length = args.max_completion_length or (512 if device.type == "cpu" else 4096)
     args.size = args.size or (["small"] if device.type == "cpu" else ["qwen3", "internvl"])
 
     time_trainers()
     sizes = {size: measure(size, args, device) for size in args.size}
+    shared_prompts = {case: measure_shared_prompts(case, args, device) for case in args.shared_prompts}
     print(f"\n{machine(device)}; torch {torch.__version__}")
     for size, results in sizes.items():
         print_table(size, results)
+    for case, results in shared_prompts.items():
+        print_table(case, results)
     plot(sizes, args.plot)
     print(f"\nBar chart: {args.plot}")
     if args.json is not None:
@@ -518,8 +571,12 @@ def main() -> None:
         first = next(iter(sizes))
         report = {
             "machine": machine(device),
-            "ratios": ratios(sizes[first]),
+            "ratios": {
+                **ratios(sizes[first]),
+                "shared_prompts": {case: ratios(results)["heavy_tailed"] for case, results in shared_prompts.items()},
+            },
             "sizes": {size: {"ratios": ratios(results), "arms": results} for size, results in sizes.items()},
+            "shared_prompts": shared_prompts,
         }
         args.json.write_text(json.dumps(report, indent=2))
         print(f"Figures: {args.json}")

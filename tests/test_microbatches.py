@@ -167,7 +167,8 @@ def test_regrouped_micro_batches_hold_the_same_rows_and_weigh_the_same():
     lengths = torch.tensor([3, 9, 1, 2, 30, 2, 8, 1])
     mask = (torch.arange(30) < lengths.unsqueeze(1)).int()
     whole = {"prompt_mask": torch.ones(8, 2, dtype=torch.int), "completion_mask": mask, "advantages": rows_of(8, 30)}
-    regrouping = Regrouping([select_rows(whole, [row, row + 1]) for row in range(0, 8, 2)])
+    groups = group_by_length(lengths + 2, num_groups=4)
+    regrouping = Regrouping([select_rows(whole, [row, row + 1]) for row in range(0, 8, 2)], groups)
     batches = [regrouping[index] for index in range(4)]
     assert batches[0]["completion_mask"].sum() == 30, "the longest row is alone"
     rows = torch.cat([batch["advantages"] for batch in batches])
@@ -193,7 +194,7 @@ def test_regrouping_holds_no_image_twice_but_those_in_use():
                 storages[tensor.untyped_storage().data_ptr()] = len(tensor)
         return sum(storages.values())
 
-    regrouping = Regrouping(batches)
+    regrouping = Regrouping(batches, [[1], [3, 2, 0]])
     assert num_images() == 8
     first = regrouping[0]
     assert first["completion_mask"].sum() == 30 and num_images() == 8 + 2

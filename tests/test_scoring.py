@@ -34,10 +34,11 @@ def canned(sampler: PreTrainedModel | None, hides_first: bool):
 
 @pytest.fixture
 def make_canned(make_trainer):
-    """A trainer with four micro-batches of two rows, whose completions have heavy-tailed lengths."""
+    """A trainer with four micro-batches of two separate rows, whose completions have heavy-tailed lengths."""
 
     def make(sampler=None, hides_first=False, **options):
         options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "max_steps": 1, **options}
+        options.setdefault("share_prompts", False)
         trainer_options = {"rollout_func": canned(sampler, hides_first)}
         return make_trainer(max_completion_length=24, trainer_options=trainer_options, **options)
 

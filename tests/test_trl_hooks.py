@@ -7,7 +7,7 @@ import re
 import tiny_models
 import torch
 import trl
-from transformers import Trainer
+from transformers import AttentionInterface, Trainer
 from trl import GRPOConfig, GRPOTrainer
 from trl.rewards import think_format_reward
 from trl.trainer.utils import FusedCausalLMOutput, add_fused_lm_head
@@ -185,3 +185,24 @@ def test_the_fused_head_can_leave_padding_out_on_cpus(monkeypatch):
             scored = model(input_ids, labels=labels, fused_lm_head=True).log_probs
     assert projected == [10, 6], "TRL decides elsewhere which positions its head projects"
     torch.testing.assert_close(scored, everywhere)
+
+
+def test_shared_prompts_reach_the_attention_as_they_are():
+    """The fused head takes pre-shifted labels; models hand on keywords, and masks of four dimensions as they are."""
+    model, _ = tiny_models.build_qwen3()
+    missing = [name for name in trl_hooks.MODEL_ATTRIBUTES if not hasattr(model, name)]
+    assert not missing, f"models of transformers have no {missing} any more"
+    handed_on = []
+
+    def attend(module, query, key, value, attention_mask, shared_prompts=None, **kwargs):
+        handed_on.append((attention_mask, shared_prompts))
+        return query.transpose(1, 2), None
+
+    AttentionInterface.register("watched", attend)
+    model.config._attn_implementation = "watched"
+    add_fused_lm_head(model, temperature=1.0)
+    input_ids, mask, label = torch.randint(3, 20, (1, 6)), torch.ones(1, 1, 1, 1, dtype=torch.bool), object()
+    labels = input_ids.roll(-1).masked_fill(torch.arange(6) < 3, -100)
+    output = model(input_ids, attention_mask=mask, shift_labels=labels, shared_prompts=label, fused_lm_head=True)
+    assert output.log_probs.shape == (1, 6) and not output.log_probs[0, :3].any() and output.log_probs[0, 3:].all()
+    assert handed_on == [(mask, label)] * 2

@@ -9,7 +9,7 @@ from .vllm import VLLMConfig
 @dataclass
 class ExtendedGRPOConfig(VLLMConfig):
     r"""
-    [`~trl.GRPOConfig`] with a temperature for evaluation and a token budget for scoring.
+    [`~trl.GRPOConfig`] with a temperature for evaluation, a token budget for scoring and shared prompts.
 
     Mistakes in how the run is launched are refused here, before any model is loaded.
 
@@ -23,6 +23,10 @@ class ExtendedGRPOConfig(VLLMConfig):
             the reference model). Completions of similar length share a forward pass; one that is longer than the
             budget gets its own. If `None`, as many forward passes are made as there are micro-batches in the loss, of
             the same size.
+        share_prompts (`bool`, *optional*):
+            Whether a forward pass computes a prompt, with its images, once for all of its completions. `None` does so
+            where the model is found to compute the same and at least a tenth of the tokens is saved; the log names the
+            models that keep separate rows, and why. `True` raises an error instead. `False` keeps separate rows.
     """
 
     eval_temperature: float | None = field(
@@ -40,6 +44,15 @@ class ExtendedGRPOConfig(VLLMConfig):
             "student and the reference model). Completions of similar length share a forward pass; one that is longer "
             "than the budget gets its own. If `None`, as many forward passes are made as there are micro-batches in "
             "the loss, of the same size."
+        },
+    )
+    share_prompts: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether a forward pass computes a prompt, with its images, once for all of its completions. `None` "
+            "does so where the model is found to compute the same and at least a tenth of the tokens is saved; the log "
+            "names the models that keep separate rows, and why. `True` raises an error instead. `False` keeps separate "
+            "rows."
         },
     )
 

@@ -44,12 +44,26 @@ def group_by_length(
     Returns:
         `list[list[int]]`: lists of row indices, the longest rows first; together they hold each of the `B` rows once.
     """
+    groups, _ = plan_by_length(lengths, num_groups=num_groups, token_budget=token_budget, gather=gather)
+    return groups
+
+
+def plan_by_length(
+    lengths: torch.Tensor,
+    *,
+    num_groups: int | None = None,
+    token_budget: int | None = None,
+    gather: Callable[[torch.Tensor], torch.Tensor] = lambda lengths: lengths,
+) -> tuple[list[list[int]], list[int]]:
+    """The groups of [`group_by_length`], and the padded tokens of each on the rank where it is largest."""
     order = lengths.argsort(descending=True, stable=True)
     longest = tuple(gather(lengths[order].unsqueeze(0)).amax(0).tolist())
     if num_groups is None:
         num_groups = fewest_groups(longest, token_budget)
     sizes = group_sizes(longest, num_groups, token_budget)
-    return [rows.tolist() for rows in order.split(sizes)]
+    starts = [sum(sizes[:number]) for number in range(len(sizes))]
+    costs = [size * longest[start] for size, start in zip(sizes, starts, strict=True)]
+    return [rows.tolist() for rows in order.split(sizes)], costs
 
 
 @lru_cache(maxsize=1)  # teacher, student and loss cut the same rows
@@ -75,13 +89,33 @@ def group_sizes(lengths: tuple[int, ...], num_groups: int, token_budget: int | N
     costs = (num_in_group * torch.tensor(lengths).double().unsqueeze(1)).masked_fill(num_in_group <= 0, torch.inf)
     if token_budget is not None:
         costs = costs.masked_fill((num_in_group > 1) & (costs > token_budget), torch.inf)
+    limit = GROUP_SLACK * smallest_largest(costs, num_groups)
+    limit = min(limit, math.ceil(num_rows / num_groups) * lengths[0])
+    return cheapest_cut(costs.masked_fill(costs > limit, torch.inf), num_groups)
 
-    largest = costs[0]  # smallest possible largest group of the first j rows: in one group, in two, ...
+
+def smallest_largest(costs: torch.Tensor, num_groups: int) -> float:
+    """Cost of the largest group, where rows are cut so that it is as small as it can be; `costs` as below."""
+    num_rows = len(costs)
+    largest = costs[0]  # of the first j rows: in one group, in two, ...
     for _ in range(num_groups - 1):
         largest = torch.maximum(largest[:num_rows].unsqueeze(1), costs).amin(0)
-    limit = min(GROUP_SLACK * largest[-1], math.ceil(num_rows / num_groups) * lengths[0])
-    costs = costs.masked_fill(costs > limit, torch.inf)
+    return largest[-1].item()
 
+
+def cheapest_cut(costs: torch.Tensor, num_groups: int) -> tuple[int, ...]:
+    """
+    Sizes of groups of the least total cost.
+
+    Args:
+        costs (`torch.Tensor` of shape `(B, B + 1)`): Cost of rows `i` to `j - 1` as one group; infinite where there shall
+            be none.
+        num_groups (`int`): Number of groups of at least one row.
+
+    Returns:
+        `tuple[int, ...]`: numbers of rows, which sum to `B`.
+    """
+    num_rows = len(costs)
     total, starts = costs[0], []
     for _ in range(num_groups - 1):
         total, start = (total[:num_rows].unsqueeze(1) + costs).min(0)
@@ -117,25 +151,26 @@ def merge_batches(batches: list[dict[str, Any]]) -> dict[str, Any]:
 
 class Regrouping:
     """
-    The rows of equally large micro-batches in as many micro-batches of rows of similar length, see [`group_by_length`].
+    The rows of equally large micro-batches in as many other micro-batches, see [`group_by_length`].
 
     A micro-batch is put together when it is asked for, so that no image is held twice but those of the one in use.
 
     Args:
         batches (`list[dict]`): Micro-batches of one generation batch, as TRL splits it.
-        gather (`Callable`, *optional*): See [`group_by_length`]. It also receives `(1, K)` numbers of tokens of the `K`
-            micro-batches.
+        groups (`list[list[int]]`): Rows of each of the `K` new micro-batches, counted through all `batches`.
+        gather (`Callable`, *optional*): Concatenates a tensor along its first dimension over all ranks. It receives `(1, K)`
+            numbers of tokens. The default is one process.
     """
 
     def __init__(
         self,
         batches: list[dict[str, Any]],
+        groups: list[list[int]],
         gather: Callable[[torch.Tensor], torch.Tensor] = lambda values: values,
     ):
         self.batches = batches
         self.rows_before = len(batches[0]["prompt_mask"])
-        lengths = torch.cat([batch["prompt_mask"].sum(-1) + batch["completion_mask"].sum(-1) for batch in batches])
-        self.groups = group_by_length(lengths, num_groups=len(batches), gather=gather)
+        self.groups = groups
         tokens = torch.cat([loss_mask(batch).sum(-1) for batch in batches])
         of_this_rank = torch.stack([tokens[rows].sum() for rows in self.groups])
         self.num_tokens = gather(of_this_rank.unsqueeze(0)).sum(0).tolist()

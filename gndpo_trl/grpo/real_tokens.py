@@ -6,19 +6,21 @@ from typing import Any
 import torch
 from accelerate.utils import gather
 
-from .microbatches import LeftAligned, Regrouping, group_by_length, select_rows
+from .microbatches import LeftAligned, Regrouping, plan_by_length, select_rows
 from .modes import evaluating
+from .sharing import SharingMixin
 from .trl_hooks import MULTIMODAL_KEYS, ROW_MEAN_LOSSES, ROW_METRICS, TOKEN_SUM_LOSSES, real_tokens_in_lm_head
 
 
-class RealTokensMixin:
+class RealTokensMixin(SharingMixin):
     """
     Makes a [`~trl.GRPOTrainer`] pay for real tokens: rows without the padding between them, of similar length in a pass.
 
     Scoring (of the student, of a reference model, of any model through `_per_token_logps`) makes as many forward passes
     as there are micro-batches in the loss, or as `args.scoring_token_budget` demands, without dropout. In training, the
     rows of an optimizer step are distributed anew over its micro-batches; gradient and logged metrics stay those of one
-    large micro-batch. `pad_to_multiple_of` brings TRL's own layout back.
+    large micro-batch. Where the rows of a pass have the same prompt, it is computed once, see [`SharingMixin`].
+    `pad_to_multiple_of` brings TRL's own layout back.
 
     TRL scores with the dropout of the training mode. Here old log-probs are those of the whole model, as in the
     reference, while the loss drops out as usual: with dropout, an importance ratio to them is not 1 on unchanged
@@ -60,8 +62,14 @@ class RealTokensMixin:
         if not self._regroups_rows or not self.model.training:
             return inputs
         if self._buffered_inputs is not before:
-            self._regrouping = Regrouping(self._buffered_inputs, gather)
+            self._regrouping = self._regroup(self._buffered_inputs)
         return self._regrouping[self._step % self.args.steps_per_generation]
+
+    def _regroup(self, batches: list[dict[str, Any]]) -> Regrouping:
+        lengths = torch.cat([batch["prompt_mask"].sum(-1) + batch["completion_mask"].sum(-1) for batch in batches])
+        groups, costs = plan_by_length(lengths, num_groups=len(batches), gather=gather)
+        sharing = self._plan_sharing(self.model, batches, costs, in_loss=True)
+        return Regrouping(batches, groups if sharing is None else sharing[0].passes, gather)
 
     def _compute_loss(self, model, inputs):
         if "row_share" not in inputs:
@@ -92,9 +100,19 @@ class RealTokensMixin:
         **multimodal,
     ):
         options = {"compute_entropy": compute_entropy, "compute_aux_loss": compute_aux_loss}
-        batch = {"input_ids": input_ids, "attention_mask": attention_mask}
-        batch.update({key: value for key, value in multimodal.items() if value is not None})
+        multimodal = {key: value for key, value in multimodal.items() if value is not None}
+        batch = {"input_ids": input_ids, "attention_mask": attention_mask, **multimodal}
+        rows = {
+            "prompt_ids": input_ids[:, :-logits_to_keep],
+            "prompt_mask": attention_mask[:, :-logits_to_keep],
+            "completion_ids": input_ids[:, -logits_to_keep:],
+            "completion_mask": attention_mask[:, -logits_to_keep:],
+            **multimodal,
+        }
         if batch_size is None:  # a micro-batch of the loss
+            prompts = self._prompts_of_micro_batch(model, rows)
+            if prompts is not None:
+                return self._forward_shared(model, batch, logits_to_keep, prompts, **options)
             return self._forward(model, batch, logits_to_keep, **options)
 
         budget = getattr(self.args, "scoring_token_budget", None)
@@ -102,9 +120,16 @@ class RealTokensMixin:
         lengths = attention_mask.sum(-1)
         if self.pad_to_multiple_of is not None:  # what will be computed
             lengths = torch.full_like(lengths, attention_mask.size(1))
-        groups = group_by_length(lengths, num_groups=num_groups, token_budget=budget, gather=gather)
+        groups, costs = plan_by_length(lengths, num_groups=num_groups, token_budget=budget, gather=gather)
+        forward, prompts = self._forward, None
+        sharing = self._plan_sharing(model, [rows], costs, token_budget=budget)
+        if sharing is not None:
+            groups, prompts, forward = sharing[0].passes, sharing[1], self._forward_shared
         with evaluating(model):
-            parts = [self._forward(model, select_rows(batch, rows), logits_to_keep, **options) for rows in groups]
+            parts = []
+            for group in groups:
+                shared = {} if prompts is None else {"prompts": [prompts[row] for row in group]}
+                parts.append(forward(model, select_rows(batch, group), logits_to_keep, **shared, **options))
         original_order = torch.tensor(sum(groups, [])).argsort()
         logps, entropies, aux_losses = zip(*parts, strict=True)
         return (

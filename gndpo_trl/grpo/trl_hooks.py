@@ -23,6 +23,7 @@ from trl.trainer.utils import (
 
 __all__ = [
     "ATTRIBUTES",
+    "MODEL_ATTRIBUTES",
     "MULTIMODAL_KEYS",
     "OVERRIDDEN_METHODS",
     "REWARD_ARGUMENTS",
@@ -70,6 +71,7 @@ ATTRIBUTES = (
     "_buffered_inputs",
     "_entropy_bonus_enabled",
     "_get_output_dir",
+    "_is_vlm",
     "_logs",
     "_metrics",
     "_step",
@@ -89,9 +91,13 @@ ATTRIBUTES = (
     "reward_processing_classes",
     "reward_weights",
     "rollout_func",
+    "tools",
     "top_entropy_quantile",
     "use_vllm",
 )
+
+# What transformers says of a model's class, on the way to whether its attention can be exchanged.
+MODEL_ATTRIBUTES = ("_supports_attention_backend", "_is_stateful")
 
 # Losses that are a mean over the rows of a micro-batch, divided by the number of micro-batches; and losses that are a
 # sum over tokens, with the same divisor for all micro-batches. The remaining one, "bnpo", is the mean over the tokens of

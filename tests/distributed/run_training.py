@@ -1,7 +1,7 @@
 """A job of `worker.py`: one training run on canned completions, and what each rank saw of it.
 
 Its specification holds `model`, `teacher`, `config` (the fields of GNDPOConfig), and optionally `completions` (token ids
-of the one completion of each prompt; without them the student samples), `images` (whether prompts have one), `lora` (true
+of a completion for each prompt; without them the student samples), `images` (whether prompts have one), `lora` (true
 or "4bit"), `resume`, `save` (a folder), `fail` (what shall go wrong on the last rank) and `fsdp` (see below).
 """
 
@@ -47,12 +47,15 @@ def word_of(prompt: str) -> str:
 
 
 def canned_rollouts(completions: list[list[int]]):
-    """A `rollout_func` that returns the completion of each of `PROMPTS` in place of sampling."""
+    """A `rollout_func` that returns the completion of each of `PROMPTS` in place of sampling; another one where a prompt
+    comes again."""
 
     def rollout_func(prompts, trainer):
         prompt_ids, _, _ = trainer._tokenize_prompts(prompts)
         words = [word_of(trainer._tokenizer.decode(ids)) for ids in prompt_ids]
-        completion_ids = [completions[PROMPTS.index(word)] for word in words]
+        times = [words[:row].count(word) for row, word in enumerate(words)]
+        numbers = [PROMPTS.index(word) + 3 * count for word, count in zip(words, times, strict=True)]
+        completion_ids = [completions[number % len(completions)] for number in numbers]
         return {
             "prompt_ids": prompt_ids,
             "completion_ids": completion_ids,
@@ -126,13 +129,18 @@ def train(spec: dict) -> dict:
     if fail == "teacher":
         score = trainer.teacher.score
         trainer.teacher.score = lambda model, rollout: score(model, rollout) * float("nan")
+    if fail == "sharing":
+        compare = trainer._compare
+        trainer._compare = lambda model, batch: compare(model, batch) or "it is told not to"
     if fail == "image":
         trainer.train_dataset.set_transform(open_broken_image)
 
     advantages = {}
     teacher_forwards = []
     engine = trainer.teacher.model
-    engine.register_forward_pre_hook(lambda *args: teacher_forwards.append(1))
+    engine.register_forward_pre_hook(
+        lambda module, args, kwargs: teacher_forwards.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
     compute = trainer._generate_and_score_completions
 
     def watch(inputs):
@@ -163,6 +171,8 @@ def train(spec: dict) -> dict:
         "teacher_buckets": buckets,
         "num_4bit_layers": sum(type(module).__name__ == "Linear4bit" for module in trainer.model.modules()),
         "teacher_forwards": len(teacher_forwards),
+        "teacher_tokens": sum(teacher_forwards),
+        "reasons_against_sharing": list(trainer._reasons.values()),
         "teacher_parameters": {"held": held, "whole": whole},
         "log_history": trainer.state.log_history,
         "global_step": trainer.state.global_step,
