@@ -55,8 +55,7 @@ class SharingMixin:
             costs (`list[int]`): Tokens of the passes over separate rows, which the plan has to beat; in the loss it has as
                 many passes.
         """
-        most = max(self.num_generations, self.num_generations_eval or 1)
-        if self._share_prompts is False or (most == 1 and not self._share_prompts) or self._reason_in_run():
+        if not self._may_share():
             return None
         prompts = same_prompts(batches)
         plan = Plan(
@@ -73,8 +72,8 @@ class SharingMixin:
 
     def _prompts_of_micro_batch(self, model, batch: dict[str, Any]) -> list[int] | None:
         """Numbers of the prompts of a micro-batch of the loss if its rows shall share them. Each rank decides for itself."""
-        is_asked = self._share_prompts or (self._core(model), False) in self._reasons  # alike on all ranks
-        if not is_asked or not self._can_share(model, batch, in_loss=True):
+        # Not only where a plan has asked before: a run that goes on from a checkpoint has made none yet.
+        if not self._may_share() or not self._can_share(model, batch, in_loss=True):
             return None
         prompts = same_prompts([batch])
         prompt_lengths, completion_lengths = batch["prompt_mask"].sum(-1), batch["completion_mask"].sum(-1)
@@ -163,6 +162,12 @@ class SharingMixin:
                 f"`share_prompts` is True, but {type(core_of(model)).__name__} cannot share prompts: {reason}. Set "
                 "`share_prompts` to None, to share them where that is exact, or change the setting named here."
             )
+
+    def _may_share(self) -> bool:
+        """Whether the settings of the run, which are those of all ranks, let rows share their prompts."""
+        if self._share_prompts is None and max(self.num_generations, self.num_generations_eval or 1) == 1:
+            return False  # nothing to share
+        return self._share_prompts is not False and self._reason_in_run() is None
 
     def _reason_in_run(self) -> str | None:
         """What in the settings of the run speaks against shared prompts, whatever the model."""
