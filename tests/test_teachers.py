@@ -150,7 +150,7 @@ class Elsewhere(ShortWords):
 
 def test_a_teacher_elsewhere_scores_while_the_student_does(make_trainer, tokenizer):
     teacher = Elsewhere(tokenizer)
-    trainer = make_trainer(teacher_model=teacher)
+    trainer = make_trainer(teacher_model=teacher, share_prompts=False)  # else it is tried out, in two passes more
     assert teacher.calls == ["check", "prepare"]
     trainer.generation_config.max_new_tokens = 1  # one forward pass for each batch that is sampled
     make_rollout(trainer)

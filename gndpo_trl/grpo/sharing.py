@@ -72,7 +72,7 @@ class SharingMixin:
 
     def _prompts_of_micro_batch(self, model, batch: dict[str, Any]) -> list[int] | None:
         """Numbers of the prompts of a micro-batch of the loss if its rows shall share them. Each rank decides for itself."""
-        # Not by what earlier passes found out: a run that goes on from a checkpoint has not made them.
+        # Not only where a plan has asked before: a run that goes on from a checkpoint has made none yet.
         if not self._may_share() or not self._can_share(model, batch, in_loss=True):
             return None
         prompts = same_prompts([batch])
@@ -164,11 +164,10 @@ class SharingMixin:
             )
 
     def _may_share(self) -> bool:
-        """Whether the settings of the run leave anything to share, whatever the model. Alike on all ranks."""
-        if self._share_prompts is None:
-            most = max(self.num_generations, self.num_generations_eval or 1)
-            return most > 1 and self._reason_in_run() is None
-        return self._share_prompts and self._reason_in_run() is None
+        """Whether the settings of the run, which are those of all ranks, let rows share their prompts."""
+        if self._share_prompts is None and max(self.num_generations, self.num_generations_eval or 1) == 1:
+            return False  # nothing to share
+        return self._share_prompts is not False and self._reason_in_run() is None
 
     def _reason_in_run(self) -> str | None:
         """What in the settings of the run speaks against shared prompts, whatever the model."""
