@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_floors import assert_same_gradients, gradients
 from test_trainer import make_rollout
+from transformers import AutoModelForCausalLM
 
+from gndpo_trl.grpo.branch_attention import IMPLEMENTATION
 from gndpo_trl.grpo.shared_prompts import Plan, cut_within, pass_costs
 from gndpo_trl.grpo.trl_hooks import ROW_MEAN_LOSSES, TOKEN_SUM_LOSSES
 
@@ -265,3 +267,12 @@ def test_losses_whose_rows_are_not_regrouped_share_prompts_too(make_sharing):
     expected = count_tokens(separate)
     separate.train()
     assert sum(tokens["loss"]) < 0.7 * sum(expected["loss"])
+
+
+def test_a_model_that_shared_prompts_is_saved_as_any_other(make_sharing, tmp_path):
+    trainer = make_sharing()
+    trainer.train()
+    trainer.save_model(tmp_path / "saved")
+    config = (tmp_path / "saved" / "config.json").read_text()
+    assert IMPLEMENTATION not in config
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").config._attn_implementation == "sdpa"
