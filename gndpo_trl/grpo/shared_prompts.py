@@ -17,8 +17,8 @@ from .trl_hooks import MULTIMODAL_KEYS, split_pixel_values_by_grid
 
 # A plan has to save this much of the tokens to be followed, unless `share_prompts` is True.
 WORTHWHILE = 0.1
-# Attention keeps a copy of the keys and values of the prompt for each branch until the backward pass. They are so much of
-# what a layer keeps for a token: two of about sixteen vectors.
+# Attention makes a copy of the keys and values of the prompt for each branch, and keeps it until the backward pass. They
+# are so much of what a layer keeps for a token: two of about sixteen vectors.
 COPIES = 1 / 8
 
 
@@ -152,10 +152,10 @@ class Plan:
         prompt_mask (`torch.Tensor` of shape `(B, P)`): Prompts of the rows of this rank.
         completion_mask (`torch.Tensor` of shape `(B, T)`): Their completions.
         prompts (`list[int]`): See [`same_prompts`].
-        largest_pass (`int`): Tokens that a pass may hold, where it has more than one row. The largest pass of the
-            separate rows that it stands in for, so that no pass needs more memory than that.
-        num_passes (`int`, *optional*): Exactly so many passes, of the loss, whose backward pass needs room for copies of
-            the prompts; one may be larger than `largest_pass` where it has to be. If `None`, those that cost least.
+        largest_pass (`int`): Tokens that a pass may hold, copies of its prompts included in part, where it has more than
+            one row. The largest pass of the separate rows that it stands in for, so that no pass needs more memory.
+        num_passes (`int`, *optional*): Exactly so many passes; then one may be larger than `largest_pass` where it has
+            to be. If `None`, those that cost least.
         gather (`Callable`, *optional*): Concatenates a tensor along its first dimension over all ranks, which plan
             together.
 
@@ -188,11 +188,11 @@ class Plan:
         whole = [prompt_lengths[row] + branch_lengths[row] for row in order]
         ranks = gather(torch.tensor([[adds, again, whole]], device=prompt_mask.device)).double().cpu()
         costs = pass_costs(ranks[:, :2])
+        memory = costs + COPIES * pass_costs(torch.stack([ranks[:, 2], torch.zeros_like(ranks[:, 2])], 1))
         if num_passes is None:
-            sizes = cut_within(costs, largest_pass)
+            sizes = cut_within(costs, memory, largest_pass)
         else:
-            memory = costs + COPIES * pass_costs(torch.stack([ranks[:, 2], torch.zeros_like(ranks[:, 2])], 1))
-            limit = max(smallest_largest(memory, num_passes), (1 + COPIES) * largest_pass)
+            limit = max(smallest_largest(memory, num_passes), largest_pass)
             sizes = cheapest_cut(costs.masked_fill(memory > limit, torch.inf), num_passes)
         bounds = [0]
         for size in sizes:
@@ -218,15 +218,15 @@ def pass_costs(ranks: torch.Tensor) -> torch.Tensor:
     return costs.masked_fill(is_empty, torch.inf)
 
 
-def cut_within(costs: torch.Tensor, largest: int) -> tuple[int, ...]:
+def cut_within(costs: torch.Tensor, memory: torch.Tensor, largest: int) -> tuple[int, ...]:
     """
-    Sizes of the cheapest passes of at most `largest` tokens or of one row; as few as are that cheap.
+    Sizes of the cheapest passes of at most `largest` memory or of one row; as few as are that cheap.
 
-    `costs` is that of [`pass_costs`].
+    `costs` and `memory` are of the shape of [`pass_costs`].
     """
     num_rows = len(costs)
     one_row = torch.arange(num_rows + 1) == torch.arange(num_rows).unsqueeze(1) + 1
-    costs = costs.masked_fill((costs > largest) & ~one_row, torch.inf) + 1e-3  # among equals, fewer passes
+    costs = costs.masked_fill((memory > largest) & ~one_row, torch.inf) + 1e-3  # among equals, fewer passes
     total, starts = torch.zeros(num_rows + 1, dtype=torch.float64), [0]
     for end in range(1, num_rows + 1):
         best, start = (total[:end] + costs[:end, end]).min(0)
