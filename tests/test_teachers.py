@@ -238,7 +238,7 @@ def test_the_earlier_name_of_dtype_is_understood(make_trainer, checkpoints):
 
 def test_the_teacher_follows_the_students_attention_and_head(make_trainer):
     def settings(**options):
-        trainer = make_trainer(**options)
+        trainer = make_trainer(share_prompts=False, **options)
         trainer.train()
         return trainer.teacher.model.config._attn_implementation
 
