@@ -42,7 +42,7 @@ MINUS_INFINITY = -9999.0
 PROBE = "what is the sum of one and two ?"
 
 # Nats. Servers of the same model differ by rounding; the same prompt with an image and without one by more than that.
-SAME_MODEL, OTHER_PROMPT = 0.2, 1e-3
+SAME_MODEL, OTHER_PROMPT = 0.1, 1e-3
 
 
 @dataclass(frozen=True)
