@@ -116,7 +116,7 @@ class Handler(BaseHTTPRequestHandler):
 def unknown(answer: Answer, logprob: float | None = math.nan, every: int = 5) -> Answer:
     """The answer with another log-prob, or none, at every fifth position."""
     for choice in answer[1].get("choices", []):
-        for position in choice["prompt_logprobs"][every::every]:
-            for entry in position.values():
+        for position in (choice["prompt_logprobs"] or [])[every::every]:
+            for entry in (position or {}).values():
                 entry["logprob"] = logprob
     return answer

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from gndpo_trl.grpo.checkpoints import RunCannotGoOn
 from gndpo_trl.grpo.rollouts import valid_tokens
 from gndpo_trl.teachers import LocalTeacher, ServerTeacher
-from gndpo_trl.teachers.server import Question, split
+from gndpo_trl.teachers.server import Picture, Question, split
 
 
 NOBODY = "http://localhost:9"  # the port of the discard service, which nobody runs
@@ -117,7 +117,7 @@ def test_a_row_is_asked_for_once_and_truncated_ones_never(make_served, serve):
 def test_requests_are_bounded():
     rows = [Question(tuple(range(length)), 1) for length in (5, 5, 3, 20, 1, 1)]
     assert [[len(row.ids) for row in part] for part in split(rows, 10)] == [[5, 5], [3], [20], [1, 1]]
-    image = Question((1,), 1, (tiny_models.draw_image(0),))
+    image = Question((1,), 1, (Picture.of(tiny_models.draw_image(0)),))
     assert list(split([rows[0], image, rows[1]], 100)) == [[image], [rows[0], rows[1]]]
 
 
@@ -234,8 +234,15 @@ def test_a_server_that_stays_away_ends_the_run_with_a_checkpoint(make_served, se
     assert "ended after step 2, which is saved in" in str(error.value)
     assert [path.name for path in Path(options["output_dir"]).glob("checkpoint-*")] == ["checkpoint-2"]
 
+    # It comes back, goes away before the next step, and comes back.
     again = serve(port=server.server_address[1])
     assert again.url == server.url
+    resumed = make_served(server.url, **options)
+    again.stop()
+    resumed._save_checkpoint = None  # which would replace the one that there is
+    with pytest.raises(RunCannotGoOn, match="ended after step 2"):
+        resumed.train(resume_from_checkpoint=True)
+    serve(port=server.server_address[1])
     resumed = make_served(server.url, **options)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 4
@@ -342,6 +349,28 @@ def test_other_tokens_are_named(make_served, serve, tmp_path):
     # And where the tokenizer is given, by that.
     with pytest.raises(ValueError, match=f"disagree on 2 of .*id {one} is 'seven' to the student and 'SEVEN' to the"):
         make_served(server.url, teacher_model_name_or_path=str(tmp_path / "other"))
+
+
+def test_a_server_that_says_nothing_of_its_tokens(make_served, serve, checkpoints):
+    """As behind a proxy that lets `/v1` through."""
+    server = serve()
+    server.misbehave = lambda path, body, answer: (404, {"detail": "Not Found"}) if path == "/detokenize" else answer
+    with pytest.raises(ValueError, match="refuses /detokenize with status 404.*Pass the teacher's tokenizer"):
+        make_served(server.url)
+    make_served(server.url, teacher_model_name_or_path=checkpoints["qwen3-teacher"])
+
+
+def test_a_teacher_that_has_no_log_probs_at_all(make_served, serve):
+    server = serve()
+    server.misbehave = lambda path, body, answer: unknown(answer, -9999.0, every=1)
+    with pytest.raises(ValueError, match=f"{server.url} has no log-probs for tokens as common"):
+        make_served(server.url)
+
+
+def test_a_student_that_reads_images_needs_a_server_that_does(make_trainer, serve):
+    server = serve()  # of a model of text, without the endpoint
+    with pytest.raises(ValueError, match="refuses /inference/v1/generate with status 404.*`--enable-scale-out`"):
+        make_trainer("internvl", teacher_server_url=server.url)
 
 
 def test_a_tokenizer_that_is_given_decides(make_served, serve, checkpoints):

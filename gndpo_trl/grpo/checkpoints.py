@@ -51,7 +51,6 @@ class CheckpointMixin:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._saved_step = 0  # the last one of which there is a checkpoint
         keep_checkpoint_names(self.model)
         if self.args.enable_jit_checkpoint:
             callback = AgreedJITCheckpointCallback()
@@ -67,6 +66,7 @@ class CheckpointMixin:
                 f"readable `{TRAINER_STATE_NAME}`, so the run that wrote it ended before it was done. Name an earlier "
                 "one, or say `True` for the last one that is whole."
             )
+        self._saved_step = 0  # the last one of this run of which there is a checkpoint
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except RunCannotGoOn as reason:

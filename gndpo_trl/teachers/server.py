@@ -5,8 +5,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from functools import cached_property
-from hashlib import sha256
+from functools import lru_cache
 from typing import Any
 from urllib.parse import urlparse
 
@@ -39,6 +38,9 @@ IN_FLIGHT = 4
 # vLLM writes minus infinity so, because JSON cannot.
 MINUS_INFINITY = -9999.0
 
+# Columns with a row's images, the teacher's own first.
+COLUMNS = ("teacher_images", *IMAGE_COLUMNS)
+
 PROBE = "what is the sum of one and two ?"
 
 # Nats. Servers of the same model differ by rounding; the same prompt with an image and without one by more than that.
@@ -46,26 +48,41 @@ SAME_MODEL, OTHER_PROMPT = 0.1, 1e-3
 
 
 @dataclass(frozen=True)
+class Picture:
+    size: tuple[int, int]  # width, height
+    pixels: bytes  # RGB
+
+    @classmethod
+    def of(cls, image: Any) -> "Picture":
+        image = load_image(image).convert("RGB")
+        return cls(image.size, image.tobytes())
+
+
+@lru_cache(maxsize=32)
+def data_url(picture: Picture) -> str:
+    return f"data:image/png;base64,{pil_to_base64(Image.frombytes('RGB', picture.size, picture.pixels))}"
+
+
+@dataclass(frozen=True)
 class Question:
-    """Tokens whose log-probs are asked for, from position `start` on, and the images among them."""
+    """Prompt and completion, whose log-probs are asked for from position `start` on. Equal ones have one answer."""
 
     ids: tuple[int, ...]
     start: int
-    images: tuple[Image.Image, ...] = ()
+    images: tuple[Picture, ...] = ()
 
-    @cached_property
-    def key(self) -> tuple:
-        """Equal for questions with the same answer."""
-        return self.ids, self.start, *((image.size, sha256(image.tobytes()).digest()) for image in self.images)
+
+# Log-probs in nats from `start` on, NaN where unknown; may end early.
+Answers = dict[Question, list[float]]
 
 
 @dataclass
 class Asked:
-    """A batch that is being scored: the `key` of each row's question, and the requests that they went into."""
+    """A batch that is being scored: a question for each row, and the requests that they went into."""
 
     completion_ids: torch.Tensor
-    keys: list[tuple]
-    requests: list[Future]
+    questions: list[Question]
+    requests: list[Future[Answers]]
     problem: str | None  # why it cannot be scored
 
 
@@ -201,7 +218,9 @@ class ServerTeacher(Teacher):
         """Raise `ValueError`, naming the first id, if the server writes ids as another text than the tokenizer does."""
         try:
             text = self.servers.ask("/detokenize", {"model": self.name, "tokens": ids})["prompt"]
-        except Refusal:
+        except Refusal as refusal:
+            if refusal.status == 404:
+                raise
             text = None  # it does not have one of them
         if text == tokenizer.decode(ids):
             return
@@ -238,7 +257,7 @@ class ServerTeacher(Teacher):
             image = Image.linear_gradient("L").resize(size).convert("RGB")
             message = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": PROBE}]}
             inputs = processor.apply_chat_template([[message]], tokenize=True, return_dict=True)
-            probe = Question(tuple(int(id) for id in inputs["input_ids"][0]), 1, (image,))
+            probe = Question(tuple(int(id) for id in inputs["input_ids"][0]), 1, (Picture.of(image),))
             if not probes or len(probe.ids) < self.max_model_len:
                 probes.append(probe)
         return probes
@@ -260,13 +279,16 @@ class ServerTeacher(Teacher):
                     f"The vLLM server at {url} gives logits in place of log-probs: five tokens would have a "
                     f"probability of {most:.3g} together. Restart it with `--logprobs-mode raw_logprobs`."
                 )
-            return torch.tensor(self._score_text(server, [probe])[probe.key])
+            logps = torch.tensor(self._score_text(server, [probe])[probe])
+            if not logps.isfinite().all():
+                raise ValueError(f"The vLLM server at {url} has no log-probs for tokens as common as {PROBE!r}.")
+            return logps
         self._learn_around_image(server, probe)
-        logps = torch.tensor(self._score_images(server, probe)[probe.key])
+        logps = torch.tensor(self._score_images(server, probe)[probe])
         unseen = Question(probe.ids, probe.start)
-        without = torch.tensor(self._score_text(server, [unseen])[unseen.key])
+        without = torch.tensor(self._score_text(server, [unseen])[unseen])
         last = len(probe.ids) - 1 - probe.ids[::-1].index(self.image_token_id)
-        if not (logps - without)[last:].abs().max() > OTHER_PROMPT:
+        if not (logps - without)[last:].abs().nan_to_num().max() > OTHER_PROMPT:
             raise ValueError(
                 f"The vLLM server at {url} gives the same log-probs with an image and without it, so it does not look "
                 "at images. Serve an image-text teacher, with its vision tower."
@@ -276,7 +298,7 @@ class ServerTeacher(Teacher):
     def _check_same(self, answers: list[torch.Tensor]) -> None:
         """Raise `ValueError` if servers differ in the log-probs that they give for a probe."""
         for url, logps in zip(self.urls, answers, strict=True):
-            difference = (logps - answers[0]).abs().mean().item()
+            difference = (logps - answers[0]).abs().nanmean().item()
             if not difference <= SAME_MODEL:
                 raise ValueError(
                     f"The servers of `teacher_server_url` run different models: for the same tokens, {url} gives "
@@ -318,10 +340,10 @@ class ServerTeacher(Teacher):
                 )
         requests = []
         if problem is None:
-            once = {question.key: question for question in questions if len(question.ids) > question.start}
-            for number, part in enumerate(split(once.values(), self.request_tokens), self.process_index):
+            once = dict.fromkeys(question for question in questions if len(question.ids) > question.start)
+            for number, part in enumerate(split(once, self.request_tokens), self.process_index):
                 requests.append(self.threads.submit(self._score, self.servers, part, number))
-        self.asked = Asked(rollout["completion_ids"], [question.key for question in questions], requests, problem)
+        self.asked = Asked(rollout["completion_ids"], questions, requests, problem)
 
     def per_token_logps(self, rollout: dict[str, Any]) -> torch.Tensor:
         """
@@ -349,8 +371,8 @@ class ServerTeacher(Teacher):
             self.servers.is_over.clear()
 
         logps = torch.full(mask.shape, math.nan)
-        for row, key in enumerate(asked.keys):
-            values = torch.tensor(answers.get(key, []))
+        for row, question in enumerate(asked.questions):
+            values = torch.tensor(answers.get(question, []))
             logps[row, mask[row].cpu().nonzero().squeeze(1)[: len(values)]] = values
         logps = logps.to(completion_ids.device)
 
@@ -376,23 +398,22 @@ class ServerTeacher(Teacher):
             known = next((place for place, id in enumerate(completion) if id >= self.vocab_size), None)
             completion = completion[:known]
         data = rollout["rows"][row]
-        images = next((data[column] for column in IMAGE_COLUMNS if data.get(column)), [])
+        images = next((data[column] for column in COLUMNS if data.get(column)), [])
         images = images if isinstance(images, list) else [images]
-        pictures = tuple(load_image(image).convert("RGB") for image in images)
-        return Question((*prompt, *completion), len(prompt), pictures)
+        return Question((*prompt, *completion), len(prompt), tuple(Picture.of(image) for image in images))
 
     # One request
 
-    def _score(self, servers: VLLMServers, questions: list[Question], first: int) -> dict[tuple, list[float]]:
-        """Answers to questions that go into one request, by their `key`: log-probs in nats, NaN where unknown."""
+    def _score(self, servers: VLLMServers, questions: list[Question], first: int) -> Answers:
+        """Answers to questions that go into one request."""
         try:
             if questions[0].images:
                 return self._score_images(servers, questions[0], first)
             return self._score_text(servers, questions, first)
         except NaNInAnswer:
             if len(questions) == 1:
-                return {questions[0].key: []}
-            return {key: values for one in questions for key, values in self._score(servers, [one], first).items()}
+                return {questions[0]: []}
+            return {one: self._score(servers, [one], first)[one] for one in questions}
         except (KeyError, IndexError, TypeError) as error:
             raise ServerError(
                 f"The vLLM server at {' or '.join(servers.urls)} answers in another form: {error!r}."
@@ -401,15 +422,15 @@ class ServerTeacher(Teacher):
     def _options(self) -> dict[str, Any]:
         return {"model": self.name, "max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
 
-    def _score_text(self, servers: VLLMServers, questions: list[Question], first: int = 0) -> dict[tuple, list[float]]:
+    def _score_text(self, servers: VLLMServers, questions: list[Question], first: int = 0) -> Answers:
         body = {**self._options(), "prompt": [question.ids for question in questions]}
         choices = servers.ask("/v1/completions", body, first)["choices"]
         return {
-            question.key: read_logps(choice["prompt_logprobs"], question, servers.urls)
+            question: read_logps(choice["prompt_logprobs"], question, servers.urls)
             for question, choice in zip(questions, choices, strict=True)
         }
 
-    def _score_images(self, servers: VLLMServers, question: Question, first: int = 0) -> dict[tuple, list[float]]:
+    def _score_images(self, servers: VLLMServers, question: Question, first: int = 0) -> Answers:
         answer = self._ask_about_images(servers, question, first)
         if answer["prompt_token_ids"] != list(question.ids):
             raise ServerError(
@@ -417,7 +438,7 @@ class ServerTeacher(Teacher):
                 f"and images where the student has {len(question.ids)}, or others. Serve a teacher of the student's "
                 "model family, with its processor files, and with no `--mm-processor-kwargs` of its own."
             )
-        return {question.key: read_logps(answer["prompt_logprobs"], question, servers.urls)}
+        return {question: read_logps(answer["prompt_logprobs"], question, servers.urls)}
 
     def _ask_about_images(self, servers: VLLMServers, question: Question, first: int = 0) -> dict[str, Any]:
         options = self._options()
@@ -425,10 +446,7 @@ class ServerTeacher(Teacher):
             "model": options.pop("model"),
             "sampling_params": options,
             "token_ids": self._with_placeholders(question),
-            "content_parts": [
-                {"type": "image_url", "url": f"data:image/png;base64,{pil_to_base64(image)}"}
-                for image in question.images
-            ],
+            "content_parts": [{"type": "image_url", "url": data_url(picture)} for picture in question.images],
             "return_token_ids": True,
         }
         answer = servers.ask("/inference/v1/generate", body, first)

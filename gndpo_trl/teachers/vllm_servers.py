@@ -22,13 +22,25 @@ CONNECT, FIRST_WAIT, LONGEST_WAIT = 10, 0.5, 30
 # What vLLM answers where a log-prob is NaN, which JSON does not know.
 NAN_IN_ANSWER = "Out of range float values"
 
+# What to do about a refusal, by status and path.
+REMEDIES: dict[Any, str] = {
+    401: "Put the server's key into the environment variable `VLLM_API_KEY`.",
+    (404, "/inference/v1/generate"): "From vLLM 0.30 on, a server that reads images needs `--enable-scale-out`.",
+    (404, "/detokenize"): "Pass the teacher's tokenizer as `teacher_processing_class`, or name it in "
+    "`teacher_model_name_or_path`, to have that compared with the student's.",
+}
+
 
 class ServerError(RuntimeError):
     """A server that gives no usable answer; the message names its URL."""
 
 
 class Refusal(ServerError):
-    """A server that does not take a request as it is."""
+    """A server that does not take a request as it is; `status` is that of HTTP."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
 
 
 class NaNInAnswer(Refusal):
@@ -58,7 +70,8 @@ class VLLMServers:
         """
         The answer of a server: of the one at position `first`, or of the next one that is there.
 
-        Servers are tried in turn, with pauses of half a second to half a minute after each round.
+        Servers are tried in turn, with pauses of half a second to half a minute after each round. One that hangs keeps a
+        request for its part of the time.
 
         Args:
             path (`str`): Path after the base URL.
@@ -73,7 +86,7 @@ class VLLMServers:
         for tries in count():
             url = self.urls[(first + tries) % len(self.urls)]
             try:
-                return self._try(url, path, body, max(deadline - time.monotonic(), 1))
+                return self._try(url, path, body)
             except requests.RequestException as error:
                 reason = str(error)[:500]
             if tries == 0:
@@ -89,27 +102,23 @@ class VLLMServers:
                     f"(`teacher_server_timeout`) and {tries + 1} tries. The last one, at {url}: {reason}"
                 )
 
-    def _try(self, url: str, path: str, body: dict[str, Any] | None, timeout: float) -> dict[str, Any]:
-        method = "GET" if body is None else "POST"
-        response = self.session.request(method, url + path, json=body, timeout=(min(CONNECT, timeout), timeout))
+    def _try(self, url: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+        method, seconds = "GET" if body is None else "POST", self.timeout / len(self.urls)
+        response = self.session.request(method, url + path, json=body, timeout=(min(CONNECT, seconds), seconds))
         if response.status_code in TRIED_AGAIN:
             raise requests.HTTPError(f"status {response.status_code}: {response.text}")
         if response.status_code == 200:
             try:
                 return response.json()
             except requests.JSONDecodeError as error:
-                raise Refusal(f"{url} answers {path} with no JSON, so it is no vLLM server.") from error
+                raise Refusal(f"{url} answers {path} with no JSON, so it is no vLLM server.", 200) from error
         if NAN_IN_ANSWER in response.text:
-            raise NaNInAnswer(f"The vLLM server at {url} has NaN in its answer.")
-        remedy = {
-            401: " Put the server's key into the environment variable `VLLM_API_KEY`.",
-            404: " From vLLM 0.30 on, a server that reads images needs `--enable-scale-out`."
-            if path.startswith("/inference")
-            else "",
-        }
+            raise NaNInAnswer(f"The vLLM server at {url} has NaN in its answer.", response.status_code)
+        remedy = REMEDIES.get((response.status_code, path)) or REMEDIES.get(response.status_code, "")
         raise Refusal(
-            f"The vLLM server at {url} refuses {path} with status {response.status_code}: {response.text[:1000]}."
-            f"{remedy.get(response.status_code, '')}"
+            f"The vLLM server at {url} refuses {path} with status {response.status_code}: {response.text[:1000]}. "
+            f"{remedy}".rstrip(),
+            response.status_code,
         )
 
     def give_up(self) -> None:

@@ -94,14 +94,6 @@ def test_calls_that_get_wrong_numbers_are_found_at_the_start(teacher_urls, check
         wrong(teacher_urls[family]).check(student)
 
 
-def test_a_text_teacher_for_a_student_that_reads_images(teacher_urls, checkpoints):
-    """A server without the endpoint for token ids with images."""
-    teacher = ServerTeacher(teacher_urls["qwen25vl"])
-    teacher._ask_about_images = lambda servers, *args: servers.ask("/inference/v1/nothing", {})
-    with pytest.raises(ValueError, match="status 404.*`--enable-scale-out`"):
-        teacher.check(describe("model", checkpoints["qwen25vl-teacher"]))
-
-
 def test_two_ranks_and_two_servers(teacher_urls, spare_server, checkpoints, tmp_path):
     VLLMServers([spare_server[1]], STARTS_WITHIN).ask("/v1/models")
     options = {
