@@ -201,9 +201,10 @@ class ServerTeacher(Teacher):
         try:
             field = "teacher_server_url" if self.path is None else "teacher_model_name_or_path"
             teacher = describe(field, self.path or self.root, self.processing_class, **self.load_options)
-        except (ImportError, OSError, ValueError):  # most likely a path on the server's machine
+        except Exception:
             if self.path is not None:
                 raise
+            # The server's own path means nothing here, or something else; it would have served warnings alone.
         if teacher is None and self.processing_class is not None:
             teacher = ModelDescription(self.root, None, None, self.processing_class)
         if self.path is not None or self.processing_class is not None:
@@ -371,9 +372,9 @@ class ServerTeacher(Teacher):
             self.servers.is_over.clear()
 
         logps = torch.full(mask.shape, math.nan)
-        for row, question in enumerate(asked.questions):
+        for row, (question, tokens) in enumerate(zip(asked.questions, mask.cpu(), strict=True)):
             values = torch.tensor(answers.get(question, []))
-            logps[row, mask[row].cpu().nonzero().squeeze(1)[: len(values)]] = values
+            logps[row, tokens.nonzero().squeeze(1)[: len(values)]] = values
         logps = logps.to(completion_ids.device)
 
         unknown = (logps.isnan() & mask).sum().item()
@@ -414,7 +415,7 @@ class ServerTeacher(Teacher):
             if len(questions) == 1:
                 return {questions[0]: []}
             return {one: self._score(servers, [one], first)[one] for one in questions}
-        except (KeyError, IndexError, TypeError) as error:
+        except (KeyError, IndexError, TypeError, ValueError) as error:
             raise ServerError(
                 f"The vLLM server at {' or '.join(servers.urls)} answers in another form: {error!r}."
             ) from error

@@ -1,6 +1,7 @@
 """A teacher behind a real vLLM server."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -10,15 +11,20 @@ from pathlib import Path
 import pytest
 import requests
 import torch
+from fastapi.responses import JSONResponse
 from test_trainer import make_rollout
 from transformers import TrainerCallback
+from vllm.entrypoints.generate.base.serving import clamp_prompt_logprobs
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.logprobs import Logprob
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
 from gndpo_trl.grpo.checkpoints import RunCannotGoOn
 from gndpo_trl.grpo.rollouts import valid_tokens
 from gndpo_trl.teachers import LocalTeacher, ServerTeacher
 from gndpo_trl.teachers.compatibility import describe
-from gndpo_trl.teachers.vllm_servers import VLLMServers
+from gndpo_trl.teachers.server import MINUS_INFINITY
+from gndpo_trl.teachers.vllm_servers import NAN_IN_ANSWER, VLLMServers
 
 
 FOLDER = Path(__file__).parent
@@ -92,6 +98,16 @@ def test_calls_that_get_wrong_numbers_are_found_at_the_start(teacher_urls, check
     ServerTeacher(teacher_urls[family]).check(student)
     with pytest.raises(ValueError, match=message):
         wrong(teacher_urls[family]).check(student)
+
+
+def test_how_vllm_writes_what_json_cannot():
+    logprobs = [None, {5: Logprob(logprob=-math.inf)}]
+    clamp_prompt_logprobs(logprobs)
+    assert logprobs[1][5].logprob == MINUS_INFINITY
+    with pytest.raises(ValueError) as error:
+        JSONResponse({"logprob": math.nan})
+    answer = create_error_response(error.value)
+    assert answer.error.code == 400 and NAN_IN_ANSWER in answer.error.message
 
 
 def test_two_ranks_and_two_servers(teacher_urls, spare_server, checkpoints, tmp_path):
