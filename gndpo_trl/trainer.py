@@ -292,7 +292,8 @@ def get_server_teacher(
             raise ValueError(
                 f"`{name}` is set, but the teacher runs behind `teacher_server_url`, which decides that itself. Unset it."
             )
-    return ServerTeacher(
+    sampler = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+    teacher = ServerTeacher(
         args.teacher_server_url,
         processing_class,
         model=args.teacher_model_name_or_path,
@@ -301,6 +302,12 @@ def get_server_teacher(
         max_completion_length=args.max_completion_length,
         timeout=args.teacher_server_timeout,
     )
+    if args.use_vllm and args.vllm_mode == "server" and sampler.rstrip("/") in teacher.urls:
+        raise ValueError(
+            f"`teacher_server_url` has {sampler!r}, where the student is sampled from: it gets the student's weights, so "
+            "the student would be its own teacher. Serve the teacher at another URL."
+        )
+    return teacher
 
 
 def check_arguments(args: GNDPOConfig, rollout_func: Callable | None) -> None:

@@ -425,6 +425,15 @@ def test_a_context_that_holds_no_completion(make_served, serve):
             {"teacher_server_url": NOBODY, "teacher_model_init_kwargs": {"dtype": "float32"}},
             "init_kwargs` is set, but",
         ),
+        (
+            {
+                "teacher_server_url": NOBODY,
+                "use_vllm": True,
+                "vllm_mode": "server",
+                "vllm_server_base_url": NOBODY + "/",
+            },
+            "where the student is sampled from.*Serve the teacher at another URL",
+        ),
         ({"teacher_server_url": NOBODY, "teacher_server_timeout": 0.0}, "`teacher_server_timeout` is 0.0.*positive"),
         ({"teacher_server_url": NOBODY, "teacher_server_timeout": 1e4}, r"shorter than `ddp_timeout` \(1800\)"),
     ],
