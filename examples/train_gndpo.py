@@ -86,18 +86,21 @@ class AlgorithmArguments:
 
     algorithm: str | None = None
     teacher_model_name_or_path: str | None = None
+    teacher_server_url: list[str] | None = None
     reward_funcs: list[str] | None = None
 
 
 def choose_algorithm(arguments: AlgorithmArguments) -> str:
-    algorithm, teacher = arguments.algorithm, arguments.teacher_model_name_or_path
+    algorithm = arguments.algorithm
+    names = ("teacher_model_name_or_path", "teacher_server_url")
+    field, teacher = next(((name, value) for name in names if (value := getattr(arguments, name))), (None, None))
     if algorithm is None:
         return "gspo" if arguments.reward_funcs and teacher is None else "gndpo"
     if algorithm not in ALGORITHMS:
         raise ValueError(f"`algorithm` is {algorithm!r}. Choose one of {', '.join(map(repr, ALGORITHMS))}.")
     if algorithm == "gspo" and teacher is not None:
         raise ValueError(
-            f"`teacher_model_name_or_path` is {teacher!r}, but GSPO learns from rewards and has no teacher. Unset it, "
+            f"`{field}` is {teacher!r}, but GSPO learns from rewards and has no teacher. Unset it, "
             'or set `algorithm` to "gndpo" or "opd".'
         )
     if algorithm == "gspo" and not arguments.reward_funcs:

@@ -55,7 +55,8 @@ class GNDPOConfig(ExtendedGRPOConfig):
         > Parameters that control the teacher
 
         teacher_model_name_or_path (`str`, *optional*):
-            Model id on the Hub or path of the teacher. Leave it unset if `teacher_model` is passed to the trainer.
+            Model id on the Hub or path of the teacher. Leave it unset if `teacher_model` is passed to the trainer. With
+            `teacher_server_url`, only its tokenizer is loaded, to be compared with the student's.
         teacher_model_revision (`str`, *optional*):
             Revision of the teacher on the Hub: a branch, a tag or a commit. Also used for its processing class.
         teacher_model_init_kwargs (`str` or `dict[str, Any]`, *optional*):
@@ -64,6 +65,12 @@ class GNDPOConfig(ExtendedGRPOConfig):
         teacher_offload (`bool`, *optional*, defaults to `False`):
             Whether to keep the teacher's weights in CPU memory (pinned, on CUDA), and on the device only while it
             scores. Not for ZeRO-3 and FSDP, which have an offloading of their own, nor for quantized teachers.
+        teacher_server_url (`str` or `list[str]`, *optional*):
+            Base URL of a `vllm serve` that runs the teacher, as `http://host:8000`, or of several that run the same one
+            and share the work. No weights of it are loaded then.
+        teacher_server_timeout (`float`, *optional*, defaults to `600.0`):
+            Seconds after which a request to the teacher's servers has failed, tries included. The run then ends with a
+            checkpoint.
 
         > Parameters that control the evaluation
 
@@ -168,7 +175,7 @@ class GNDPOConfig(ExtendedGRPOConfig):
         default=None,
         metadata={
             "help": "Model id on the Hub or path of the teacher. Leave it unset if `teacher_model` is passed to the "
-            "trainer."
+            "trainer. With `teacher_server_url`, only its tokenizer is loaded, to be compared with the student's."
         },
     )
     teacher_model_revision: str | None = field(
@@ -192,6 +199,20 @@ class GNDPOConfig(ExtendedGRPOConfig):
             "help": "Whether to keep the teacher's weights in CPU memory (pinned, on CUDA), and on the device only "
             "while it scores. Not for ZeRO-3 and FSDP, which have an offloading of their own, nor for quantized "
             "teachers."
+        },
+    )
+    teacher_server_url: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Base URL of a `vllm serve` that runs the teacher, as `http://host:8000`, or of several that run "
+            "the same one and share the work. No weights of it are loaded then."
+        },
+    )
+    teacher_server_timeout: float = field(
+        default=600.0,
+        metadata={
+            "help": "Seconds after which a request to the teacher's servers has failed, tries included. The run then "
+            "ends with a checkpoint."
         },
     )
 
@@ -329,6 +350,12 @@ class GNDPOConfig(ExtendedGRPOConfig):
             raise ValueError(
                 f'`importance_sampling_level` is {self.importance_sampling_level!r}. Choose "sequence_token" or '
                 '"token".'
+            )
+        if not 0 < self.teacher_server_timeout < self.ddp_timeout:
+            raise ValueError(
+                f"`teacher_server_timeout` is {self.teacher_server_timeout}, but it must be positive, and shorter than "
+                f"`ddp_timeout` ({self.ddp_timeout}), after which ranks stop to wait for one another. Raise the latter "
+                "if it takes that long."
             )
         if self.use_sampling_logps and self.vllm_importance_sampling_correction:
             raise ValueError(

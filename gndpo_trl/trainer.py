@@ -28,7 +28,7 @@ from .grpo.vllm import check_sampling_logps
 from .objective.advantages import clamp_scores, normalize, population_moments, token_scores
 from .objective.distributions import Comparison
 from .teacher_logs import TeacherLogsMixin
-from .teachers import LocalTeacher, Teacher
+from .teachers import LocalTeacher, ServerTeacher, Teacher
 from .teachers.compatibility import describe
 
 
@@ -59,7 +59,8 @@ class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
     Args:
         teacher_model (`str`, `PathLike`, [`~transformers.PreTrainedModel`] or [`~teachers.Teacher`], *optional*):
             Teacher: a path, a model id, a loaded model, or anything else that scores tokens, see [`~teachers.Teacher`].
-            May be omitted if `args.teacher_model_name_or_path` is set. Image-text students need an image-text teacher.
+            May be omitted if `args.teacher_model_name_or_path` or `args.teacher_server_url` is set. Image-text students
+            need an image-text teacher.
         teacher_processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
             Tokenizer or processor of the teacher, used to check that token ids and images mean the same to both
             models. If `None`, it is loaded from where the teacher came from.
@@ -74,6 +75,7 @@ class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
     Raises:
         `ValueError`: at construction, if there is no teacher or if it cannot score what the student samples; during a
             run, if the student returns non-finite log-probs or the teacher infinite ones.
+        [`~grpo.checkpoints.RunCannotGoOn`]: during a run, with a checkpoint, if the teacher's servers do not answer.
     """
 
     _generation_arguments = (
@@ -268,16 +270,20 @@ def get_teacher(
     Raises:
         `ValueError`: if none is given, if it is given twice, or if options come with a teacher that has no use for them.
     """
-    if teacher_model is None and args.teacher_model_name_or_path is None:
+    named = {name: getattr(args, name) for name in ("teacher_model_name_or_path", "teacher_server_url")}
+    named = {name: value for name, value in named.items() if value is not None}
+    if teacher_model is None and not named:
         raise ValueError(
             "No teacher. Pass `teacher_model` (a path, a model id, a loaded model or a `Teacher`) to the trainer, or set "
-            "`teacher_model_name_or_path` in the configuration."
+            "`teacher_model_name_or_path` or `teacher_server_url` in the configuration."
         )
-    if teacher_model is not None and args.teacher_model_name_or_path is not None:
+    if teacher_model is not None and named:
         raise ValueError(
-            f"The teacher is given twice: `teacher_model` was passed to the trainer and `teacher_model_name_or_path` "
-            f"is {args.teacher_model_name_or_path!r}. Keep one of them."
+            f"The teacher is given twice: `teacher_model` was passed to the trainer and `{next(iter(named))}` is "
+            f"{next(iter(named.values()))!r}. Keep one of them."
         )
+    if args.teacher_server_url is not None:
+        return get_server_teacher(teacher_processing_class, args)
     if isinstance(teacher_model, Teacher):
         options = {
             "teacher_processing_class": teacher_processing_class,
@@ -301,6 +307,32 @@ def get_teacher(
         offload=args.teacher_offload,
         cast_lm_head_to_fp32=args.cast_lm_head_to_fp32,
     )
+
+
+def get_server_teacher(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None, args: GNDPOConfig
+) -> Teacher:
+    for name in ("teacher_model_init_kwargs", "teacher_offload"):
+        if getattr(args, name):
+            raise ValueError(
+                f"`{name}` is set, but the teacher runs behind `teacher_server_url`, which decides that itself. Unset it."
+            )
+    sampler = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+    teacher = ServerTeacher(
+        args.teacher_server_url,
+        processing_class,
+        model=args.teacher_model_name_or_path,
+        revision=args.teacher_model_revision,
+        trust_remote_code=args.trust_remote_code,
+        max_completion_length=args.max_completion_length,
+        timeout=args.teacher_server_timeout,
+    )
+    if args.use_vllm and args.vllm_mode == "server" and sampler.rstrip("/") in teacher.urls:
+        raise ValueError(
+            f"`teacher_server_url` has {sampler!r}, where the student is sampled from: it gets the student's weights, so "
+            "the student would be its own teacher. Serve the teacher at another URL."
+        )
+    return teacher
 
 
 def check_arguments(args: GNDPOConfig, rollout_func: Callable | None) -> None:

@@ -109,7 +109,7 @@ def make_trainer(make_config, checkpoints, text_dataset, image_dataset):
             # Random models sample the placeholders of their family, which no image belongs to.
             placeholders = list(range(3, 3 + len(tiny_models.SPECIAL_TOKENS)))
             options.setdefault("generation_kwargs", {"suppress_tokens": placeholders})
-        if teacher_model is None and "teacher_model_name_or_path" not in options:
+        if teacher_model is None and not {"teacher_model_name_or_path", "teacher_server_url"} & options.keys():
             teacher_model = checkpoints[f"{family}-teacher"]
         return GNDPOTrainer(
             model=model or checkpoints[f"{family}-student"],

@@ -66,6 +66,16 @@ def test_the_command_line_and_recipes_reach_every_field(tmp_path):
     assert config.score_clip is None
     assert config.teacher_model_init_kwargs == {"dtype": "bfloat16"}
     assert config.num_generations == 1
+    recipe.write_text("teacher_server_url: http://one:8000\n")
+    (config,) = TrlParser((GNDPOConfig,)).parse_args_and_config(["--config", str(recipe), *CPU])
+    assert config.teacher_server_url == "http://one:8000"
+    recipe.write_text("teacher_server_url: [http://one:8000, http://two:8000]\n")
+    (config,) = TrlParser((GNDPOConfig,)).parse_args_and_config(["--config", str(recipe), *CPU])
+    assert config.teacher_server_url == ["http://one:8000", "http://two:8000"]
+    (config,) = TrlParser((GNDPOConfig,)).parse_args_and_config(
+        [*CPU, "--teacher_server_url", "http://one", "http://two"]
+    )
+    assert config.teacher_server_url == ["http://one", "http://two"]
     (config,) = TrlParser((GNDPOConfig,)).parse_args_and_config(
         [*CPU, "--score_clip", "2.5", "--teacher_model_init_kwargs", '{"dtype": "float16"}']
     )

@@ -206,6 +206,7 @@ def test_the_algorithm_decides_on_the_configuration(parse):
         ([*teacher, *rewards], "gndpo", GNDPOConfig),
         (rewards, "gspo", GSPOConfig),
         ([], "gndpo", GNDPOConfig),
+        (["--teacher_server_url", "http://there", *rewards], "gndpo", GNDPOConfig),
         ([*rewards, "--algorithm", "gspo"], "gspo", GSPOConfig),
         ([*teacher, "--algorithm", "opd"], "opd", GNDPOConfig),
     ]:
@@ -240,6 +241,11 @@ def test_gspo_is_grpo_with_the_settings_of_the_reference(parse):
             ["--teacher_model_name_or_path", "there"],
             "algorithm: gspo",
             r"`teacher_model_name_or_path` is 'there'.*GSPO",
+        ),
+        (
+            ["--teacher_server_url", "http://there", "--algorithm", "gspo"],
+            "",
+            "`teacher_server_url` is .*http://there",
         ),
         (["--algorithm", "gspo"], "", r"`algorithm` is 'gspo', but `reward_funcs` is not set"),
         (["--reward_funcs", "accuracy_reward"], "score_clip: 5.0", r"`score_clip`.*GSPOConfig.*name a teacher"),

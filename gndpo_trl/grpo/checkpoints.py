@@ -18,6 +18,10 @@ from .trl_hooks import TRAINER_STATE_NAME
 BUFFER = "generation_buffer_{}.pt"  # one for each rank
 
 
+class RunCannotGoOn(RuntimeError):
+    """Raised on all ranks together before a generation batch is trained on: the run saves what it has, and ends."""
+
+
 class CheckpointMixin:
     """
     Makes the checkpoints of a [`~trl.GRPOTrainer`] ones that a run can go on from.
@@ -28,6 +32,7 @@ class CheckpointMixin:
     - `trainer_state.json` is written when everything else is there. A folder without it is no checkpoint:
       `resume_from_checkpoint=True` takes the last one that is whole.
     - `enable_jit_checkpoint` saves on SIGTERM at the end of the same step on all ranks.
+    - A run that ends by a [`RunCannotGoOn`] saves its last step first, whatever `save_strategy` says.
     - Weights keep the names that they were loaded from.
     """
 
@@ -61,7 +66,18 @@ class CheckpointMixin:
                 f"readable `{TRAINER_STATE_NAME}`, so the run that wrote it ended before it was done. Name an earlier "
                 "one, or say `True` for the last one that is whole."
             )
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        self._saved_step = 0  # the last one of this run of which there is a checkpoint
+        try:
+            return super().train(resume_from_checkpoint, *args, **kwargs)
+        except RunCannotGoOn as reason:
+            if self.state.global_step != self._saved_step:
+                self._save_checkpoint(self.model_wrapped, trial=None)
+            if self.state.global_step == 0:
+                raise
+            raise RunCannotGoOn(
+                f"{reason} The run ended after step {self.state.global_step}, which is saved in {self.args.output_dir!r}: "
+                "go on with `resume_from_checkpoint=True`."
+            ) from reason
 
     def _save_state(self, folder: str) -> None:
         """Write what else a run needs to go on into a checkpoint that is being saved; called on all ranks."""
@@ -114,6 +130,7 @@ class CheckpointMixin:
                     os.remove(path)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
+        self._saved_step = self.state.global_step
 
     # The last thing that all ranks do for a checkpoint before the main one writes its `trainer_state.json`.
     def _save_rng_state(self, output_dir):
@@ -126,6 +143,7 @@ class CheckpointMixin:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None:
             self._load_state(checkpoint)
+            self._saved_step = self.state.global_step
 
 
 def is_whole(checkpoint: str) -> bool:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ADAMW, FOUR_STEPS, ROOT
 from safetensors.torch import load_file
+from stand_in_server import StandInServer
 
 
 @pytest.mark.parametrize("accelerate_config", ["ddp", "zero2"])
@@ -47,6 +48,24 @@ def test_a_rank_that_fails_brings_the_job_down_with_its_message(launch, accelera
     assert message in run.output
     assert not run.reports  # nobody finished
     assert time.monotonic() - start < 60 + 30  # a minute after a start of less than 30 seconds
+
+
+@pytest.mark.parametrize("accelerate_config", ["ddp", "zero2"])
+def test_a_teacher_that_is_gone_ends_all_ranks_with_a_checkpoint(launch, accelerate_config, checkpoints):
+    server = StandInServer(checkpoints["qwen3-teacher"])
+    served = {"teacher_server_url": [server.url], "teacher_server_timeout": 1.0}
+    job = launch.begin(accelerate_config, config={**ADAMW, "max_steps": 100_000, **served}, task="served")
+    deadline = time.monotonic() + 300
+    while "step 2 is done" not in job.output:
+        assert job.process.poll() is None and time.monotonic() < deadline, job.output
+        time.sleep(0.1)
+    server.stop()
+    assert job.process.wait(timeout=60) != 0
+    (checkpoint,) = (job.folder / "out").glob("checkpoint-*")
+    assert len(list(checkpoint.glob("rng_state_*.pth"))) == 2
+    step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
+    assert step >= 2 and job.output.count(f"step {step} is done") == 2
+    assert job.output.count(f"The run ended after step {step}, which is saved") >= 2 and server.url in job.output
 
 
 @pytest.mark.parametrize("accelerate_config", ["ddp", "zero2", "zero3"])

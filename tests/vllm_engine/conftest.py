@@ -59,16 +59,17 @@ def shared_engines(engines, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def servers(checkpoints, tmp_path_factory):
-    """Base URLs of servers of the image-text students; they come up while other tests run."""
+def serve(tmp_path_factory):
+    """Starts a server of a checkpoint, and returns its process and its base URL before it is up."""
     logs = tmp_path_factory.mktemp("servers")
-    processes, urls = [], {}
-    for family in ("qwen25vl", "internvl"):
+    processes = []
+
+    def start(model: str) -> tuple[subprocess.Popen, str]:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
         options = {
-            "model": checkpoints[f"{family}-student"],
+            "model": model,
             "port": port,
             "dtype": "float32",
             "max-model-len": 256,
@@ -80,16 +81,30 @@ def servers(checkpoints, tmp_path_factory):
         }
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", "--enable-scale-out"]
         command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-        with open(logs / f"{family}.log", "w") as log:
+        with open(logs / f"{port}.log", "w") as log:
             environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
             processes.append(
                 subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
             )
-        urls[family] = f"http://localhost:{port}"
-    yield urls
+        return processes[-1], f"http://localhost:{port}"
+
+    yield start
     for process in processes:
-        os.killpg(process.pid, signal.SIGKILL)  # with the engine's own processes
-        process.wait()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # with the engine's own processes
+            process.wait()
+
+
+@pytest.fixture(scope="session")
+def servers(checkpoints, serve) -> dict[str, str]:
+    """Base URLs of servers of the image-text students; they come up while other tests run."""
+    return {family: serve(checkpoints[f"{family}-student"])[1] for family in ("qwen25vl", "internvl")}
+
+
+@pytest.fixture(scope="session")
+def spare_server(checkpoints, serve) -> tuple[subprocess.Popen, str]:
+    """Process and base URL of another server of Qwen2.5-VL's student, for the test that kills it."""
+    return serve(checkpoints["qwen25vl-student"])
 
 
 @pytest.fixture
@@ -101,5 +116,6 @@ def weights_by_file(monkeypatch):
 @pytest.fixture(scope="session", autouse=True)
 def early_servers(request):
     """Servers start with the session, not with the first test that needs them."""
-    if any("servers" in item.fixturenames for item in request.session.items):
-        request.getfixturevalue("servers")
+    for name in ("servers", "spare_server"):
+        if any(name in item.fixturenames for item in request.session.items):
+            request.getfixturevalue(name)

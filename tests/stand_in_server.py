@@ -1,0 +1,122 @@
+"""A small HTTP server that scores text as `vllm serve` does, and can be told to misbehave."""
+
+import json
+import math
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, Qwen3ForCausalLM
+
+
+Answer = tuple[int, Any]  # status and content
+
+
+class StandInServer(ThreadingHTTPServer):
+    """
+    Runs a model in this process, at `url`, until `stop`.
+
+    Args:
+        path (`str`): Checkpoint of a Qwen3.
+        max_model_len (`int`, *optional*, defaults to 256): Most tokens of a row, with the one that is generated.
+        port (`int`, *optional*): Port; any that is free without it.
+
+    Attributes:
+        misbehave (`Callable`): `misbehave(path, body, answer)` returns the answer that is sent; it may also sleep.
+        requests (`list`): Path and body of every request.
+    """
+
+    daemon_threads = True
+    allow_reuse_address = True
+
+    def __init__(self, path: str, max_model_len: int = 256, port: int = 0):
+        self.path, self.max_model_len = path, max_model_len
+        self.model, self.tokenizer = Qwen3ForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        self.misbehave: Callable[[str, Any, Answer], Answer] = lambda path, body, answer: answer
+        self.requests: list[tuple[str, Any]] = []
+        self.lock = threading.Lock()
+        self.connections: list[socket.socket] = []
+        super().__init__(("localhost", port), Handler)
+        self.url = f"http://localhost:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+
+    def get_request(self):
+        connection, address = super().get_request()
+        self.connections.append(connection)
+        return connection, address
+
+    def stop(self) -> None:
+        self.shutdown()
+        for connection in self.connections:
+            with suppress(OSError):  # closed by the other side
+                connection.shutdown(socket.SHUT_RDWR)
+        self.server_close()
+
+    @property
+    def rows(self) -> list[tuple[int, ...]]:
+        """The rows whose log-probs were asked for, in order."""
+        bodies = [body for path, body in self.requests if path == "/v1/completions" and "prompt_logprobs" in body]
+        return [tuple(row) for body in bodies for row in body["prompt"]]
+
+    def answer(self, path: str, body: Any) -> Answer:
+        if path == "/v1/models":
+            return 200, {"data": [{"id": "teacher", "root": self.path, "max_model_len": self.max_model_len}]}
+        if path == "/detokenize":
+            return 200, {"prompt": self.tokenizer.decode(body["tokens"])}
+        if path != "/v1/completions":
+            return 404, {"detail": "Not Found"}
+        for row in body["prompt"]:
+            if max(row) >= self.model.config.vocab_size:
+                return 400, {"error": {"message": f"Token id {max(row)} is out of vocabulary"}}
+            if len(row) + body["max_tokens"] > self.max_model_len:
+                return 400, {"error": {"message": f"This model's maximum context length is {self.max_model_len}"}}
+        return 200, {
+            "choices": [{"prompt_logprobs": self.score(row, body.get("prompt_logprobs"))} for row in body["prompt"]]
+        }
+
+    @torch.no_grad()
+    def score(self, row: list[int], num_others: int | None) -> list[dict | None] | None:
+        if num_others is None:
+            return None
+        with self.lock:
+            log_probs = self.model(torch.tensor([row])).logits[0].log_softmax(-1)
+        positions: list[dict | None] = [None]
+        for place, id in enumerate(row[1:]):
+            ids = [id, *log_probs[place].topk(num_others).indices.tolist()]
+            positions.append({str(id): {"logprob": log_probs[place, id].item()} for id in ids})
+        return positions
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.reply(None)
+
+    def do_POST(self):
+        self.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def reply(self, body):
+        self.server.requests.append((self.path, body))
+        status, content = self.server.misbehave(self.path, body, self.server.answer(self.path, body))
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args):
+        pass
+
+
+def unknown(answer: Answer, logprob: float | None = math.nan, every: int = 5) -> Answer:
+    """The answer with another log-prob, or none, at every fifth position."""
+    for choice in answer[1].get("choices", []):
+        for position in (choice["prompt_logprobs"] or [])[every::every]:
+            for entry in (position or {}).values():
+                entry["logprob"] = logprob
+    return answer

@@ -1,0 +1,448 @@
+"""A teacher behind a server, with a small server in its place; `vllm_engine/test_server_teacher.py` has the real one."""
+
+import math
+import threading
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from stand_in_server import StandInServer, unknown
+from test_trainer import make_rollout
+from transformers import AutoTokenizer, TrainerCallback
+
+from gndpo_trl.grpo.checkpoints import RunCannotGoOn
+from gndpo_trl.grpo.rollouts import valid_tokens
+from gndpo_trl.teachers import LocalTeacher, ServerTeacher
+from gndpo_trl.teachers.server import Picture, Question, split
+
+
+NOBODY = "http://localhost:9"  # the port of the discard service, which nobody runs
+
+
+@pytest.fixture
+def serve(checkpoints):
+    servers = []
+
+    def start(path: str = checkpoints["qwen3-teacher"], **options) -> StandInServer:
+        servers.append(StandInServer(path, **options))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        server.stop()
+
+
+@pytest.fixture
+def make_served(make_trainer):
+    """Trainers with a teacher behind a server; the servers' URLs and fields of the configuration."""
+
+    def make(*urls: str, **options):
+        return make_trainer(teacher_server_url=list(urls), **{"teacher_server_timeout": 20.0, **options})
+
+    return make
+
+
+class Stop(TrainerCallback):
+    """Stops a server after a number of steps."""
+
+    def __init__(self, server: StandInServer, after: int):
+        self.server, self.after = server, after
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.after:
+            self.server.stop()
+
+
+def rows_of(trainer, count: int = 8) -> list[dict]:
+    return [trainer.train_dataset[index // 2] for index in range(count)]
+
+
+def logged(trainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+# What it answers
+
+
+def test_it_scores_as_the_same_teacher_here(make_served, make_trainer, serve):
+    server = serve()
+    trainer, local = make_served(server.url), make_trainer()
+    rollout = {**make_rollout(trainer), "rows": rows_of(trainer)}
+    mask = valid_tokens(rollout)
+    assert mask.sum(-1).unique().numel() > 1  # of several lengths
+    found, expected = (one.teacher.per_token_logps(rollout) for one in (trainer, local))
+    torch.testing.assert_close(found[mask], expected[mask], rtol=0, atol=1e-5)
+
+
+def test_a_run_is_that_with_the_same_teacher_here(make_served, make_trainer, serve):
+    runs = []
+    for make in (lambda: make_served(serve().url), make_trainer):
+        runs.append(make())  # seeds
+        runs[-1].train()
+    names = [name for name in runs[1].state.log_history[0] if name.startswith(("score/", "teacher/", "advantages/"))]
+    assert len(names) > 8
+    for name in names:
+        assert logged(runs[0], name) == pytest.approx(logged(runs[1], name), abs=1e-4), name
+
+
+def test_the_server_works_while_the_student_is_scored(make_served, serve):
+    server, scored = serve(), threading.Event()
+    trainer = make_served(server.url, share_prompts=False)
+    trainer._per_token_logps = lambda *args, score=trainer._per_token_logps: (score(*args), scored.set())[0]
+    waited = []
+
+    def wait(path, body, answer):
+        waited.append(scored.wait(timeout=10))
+        return answer
+
+    server.misbehave = wait
+    make_rollout(trainer)
+    assert waited and all(waited)
+
+
+def test_a_row_is_asked_for_once_and_truncated_ones_never(make_served, serve):
+    server = serve()
+    trainer = make_served(server.url)
+    rollout = {**make_rollout(trainer), "rows": rows_of(trainer)}
+    doubled = {name: torch.cat([rollout[name]] * 2) for name in rollout if name.startswith(("prompt_", "completion_"))}
+    doubled["completion_mask"][3] = doubled["completion_mask"][11] = 0
+    server.requests.clear()
+    logps = trainer.teacher.per_token_logps({**doubled, "rows": 2 * rollout["rows"]})
+    mask = doubled["completion_mask"].bool()
+    assert len(server.rows) == len(set(server.rows)) <= 7
+    assert torch.equal(logps[:8][mask[:8]], logps[8:][mask[8:]]) and logps[mask].isfinite().all()
+
+
+def test_requests_are_bounded():
+    rows = [Question(tuple(range(length)), 1) for length in (5, 5, 3, 20, 1, 1)]
+    assert [[len(row.ids) for row in part] for part in split(rows, 10)] == [[5, 5], [3], [20], [1, 1]]
+    image = Question((1,), 1, (Picture.of(tiny_models.draw_image(0)),))
+    assert list(split([rows[0], image, rows[1]], 100)) == [[image], [rows[0], rows[1]]]
+
+
+def test_another_prompt_for_the_teacher(make_served, serve):
+    """As a teacher that wraps this one would hand it over."""
+    server = serve()
+    trainer = make_served(server.url)
+    rollout = {**make_rollout(trainer), "rows": rows_of(trainer)}
+    own = trainer._tokenizer(["one plus one", "what is the sum ?"] * 4, return_tensors="pt", padding=True)
+    server.requests.clear()
+    trainer.teacher.per_token_logps({**rollout, "prompt_ids": own["input_ids"], "prompt_mask": own["attention_mask"]})
+    assert {row[:3] for row in server.rows} == {
+        tuple(trainer._tokenizer(p)["input_ids"][:3]) for p in ("one plus one", "what is the")
+    }
+
+
+def test_two_servers_share_the_rows_and_the_other_goes_on_alone(make_served, serve):
+    servers = [serve(), serve()]
+    trainer = make_served(*(server.url for server in servers), max_steps=3, per_device_train_batch_size=8)
+    trainer.teacher.request_tokens = 1  # a request for each row
+    for server in servers:
+        server.requests.clear()
+    rollout = make_rollout(trainer)
+    assert all(server.rows for server in servers)
+    assert not {*servers[0].rows} & {*servers[1].rows}
+    servers[0].stop()
+    trainer.train()
+    assert trainer.state.global_step == 3 and logged(trainer, "teacher/unknown_tokens") == [0, 0, 0]
+    assert rollout["advantages"].isfinite().all()
+
+
+def test_a_server_that_is_busy_is_asked_again(make_served, serve):
+    server = serve()
+    trainer = make_served(server.url)
+    refusals = [(503, "starting"), (502, b"<html>")]
+    server.misbehave = lambda path, body, answer: refusals.pop() if refusals else answer
+    trainer.train()
+    assert not refusals and trainer.state.global_step == 2
+
+
+# Log-probs that it does not have
+
+
+@pytest.mark.parametrize("logprob", [None, math.nan, -9999.0])
+def test_unknown_log_probs_leave_the_loss_and_are_counted(make_served, serve, logprob):
+    server = serve()
+    trainer = make_served(server.url)
+    trainer.teacher.max_unknown = 0.5
+    server.misbehave = lambda path, body, answer: unknown(answer, logprob)
+    rollout = make_rollout(trainer)
+    mask = rollout["completion_mask"].bool()
+    lengths = rollout["prompt_mask"].sum(-1, keepdim=True)
+    lost = mask & ((torch.arange(mask.size(1)) + lengths) % 5 == 0)
+    assert lost.any() and torch.equal(valid_tokens(rollout), mask & ~lost)
+    assert trainer._metrics["train"]["teacher/unknown_tokens"] == [lost.sum().item()]
+    assert rollout["advantages"].isfinite().all()
+
+
+def test_a_row_with_nan_leaves_the_others_their_answers(make_served, serve):
+    """vLLM cannot write NaN down, and refuses the whole request."""
+    server = serve()
+    trainer = make_served(server.url)
+    rollout = {**make_rollout(trainer), "rows": rows_of(trainer)}
+    broken = server.rows[-1]
+
+    def refuse(path, body, answer):
+        has_nan = broken in [tuple(row) for row in body["prompt"]]
+        return (400, {"error": {"message": "Out of range float values are not JSON compliant"}}) if has_nan else answer
+
+    server.misbehave = refuse
+    trainer.teacher.max_unknown = 1.0
+    logps = trainer.teacher.per_token_logps(rollout)
+    mask = rollout["completion_mask"].bool()
+    for row in range(8):
+        ids = [rollout[f"{part}_ids"][row][rollout[f"{part}_mask"][row].bool()] for part in ("prompt", "completion")]
+        is_broken = tuple(torch.cat(ids).tolist()) == broken
+        assert logps[row][mask[row]].isnan().all() if is_broken else logps[row][mask[row]].isfinite().all()
+
+
+def test_too_many_unknown_log_probs_end_the_run(make_served, serve):
+    server = serve()
+    trainer = make_served(server.url)
+    server.misbehave = lambda path, body, answer: unknown(answer)
+    with pytest.raises(RunCannotGoOn, match=rf"{server.url} has no finite log-prob for \d+ of \d+ tokens"):
+        trainer.train()
+
+
+def test_ids_beyond_the_servers_vocabulary_are_not_sampled_and_not_asked_for(make_served, serve, tmp_path):
+    student = tiny_models.save(*tiny_models.build_qwen3(seed=0, vocab_size=48), tmp_path / "padded")
+    server = serve()
+    trainer = make_served(server.url, model=student)
+    size = server.model.config.vocab_size
+    assert trainer.teacher.vocab_size == size < 48
+    assert set(range(size, 48)) <= set(trainer.generation_config.suppress_tokens)
+    rollout = {**make_rollout(trainer), "rows": rows_of(trainer)}
+    rollout["completion_ids"][0, 2] = 47  # as another sampler might
+    rollout["completion_mask"][0] = 1
+    trainer.teacher.max_unknown = 1.0
+    logps = trainer.teacher.per_token_logps(rollout)
+    assert logps[0, :2].isfinite().all() and logps[0, 2:].isnan().all()
+
+
+# A server that goes away
+
+
+def test_a_server_that_stays_away_ends_the_run_with_a_checkpoint(make_served, serve, tmp_path):
+    server = serve()
+    options = {"max_steps": 4, "teacher_server_timeout": 1.0, "output_dir": str(tmp_path / "out")}
+    trainer = make_served(server.url, **options)
+    trainer.add_callback(Stop(server, after=2))
+    with pytest.raises(RunCannotGoOn) as error:
+        trainer.train()
+    assert f"{server.url} has not answered for 1 seconds" in str(error.value)
+    assert "ended after step 2, which is saved in" in str(error.value)
+    assert [path.name for path in Path(options["output_dir"]).glob("checkpoint-*")] == ["checkpoint-2"]
+
+    # It comes back, goes away before the next step, and comes back.
+    again = serve(port=server.server_address[1])
+    assert again.url == server.url
+    resumed = make_served(server.url, **options)
+    again.stop()
+    resumed._save_checkpoint = None  # which would replace the one that there is
+    with pytest.raises(RunCannotGoOn, match="ended after step 2"):
+        resumed.train(resume_from_checkpoint=True)
+    serve(port=server.server_address[1])
+    resumed = make_served(server.url, **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+
+
+def test_a_run_that_has_saved_its_last_step_saves_nothing_more(make_served, serve, tmp_path):
+    server = serve()
+    options = {"save_strategy": "steps", "save_steps": 1, "output_dir": str(tmp_path / "out"), "max_steps": 4}
+    trainer = make_served(server.url, teacher_server_timeout=1.0, **options)
+    trainer.add_callback(Stop(server, after=1))
+    saved = []
+    save = trainer._save_checkpoint
+    trainer._save_checkpoint = lambda *args, **kwargs: (saved.append(trainer.state.global_step), save(*args, **kwargs))
+    with pytest.raises(RunCannotGoOn, match="ended after step 1"):
+        trainer.train()
+    assert saved == [1]
+
+
+def test_nothing_is_saved_before_the_first_step(make_served, serve, tmp_path):
+    server = serve()
+    trainer = make_served(server.url, teacher_server_timeout=1.0, output_dir=str(tmp_path / "out"))
+    server.stop()
+    with pytest.raises(RunCannotGoOn, match=server.url) as error:
+        trainer.train()
+    assert "is saved" not in str(error.value) and not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_a_server_that_refuses_a_request_ends_the_run_at_once(make_served, serve):
+    server = serve()
+    trainer = make_served(server.url, teacher_server_timeout=600.0)
+    server.misbehave = lambda path, body, answer: (404, {"error": {"message": "The model `teacher` does not exist."}})
+    with pytest.raises(RunCannotGoOn, match=rf"{server.url} refuses /v1/completions with status 404.*does not exist"):
+        trainer.train()
+
+
+def test_a_server_that_hangs_ends_the_run(make_served, serve):
+    server, end = serve(), threading.Event()
+    trainer = make_served(server.url, teacher_server_timeout=1.0)
+    server.misbehave = lambda path, body, answer: (end.wait(20), answer)[1]
+    with pytest.raises(RunCannotGoOn, match="(?s)has not answered for 1 seconds.*Read timed out"):
+        trainer.train()
+    end.set()
+
+
+def test_a_server_that_reads_another_prompt_ends_the_run(make_served, serve):
+    server = serve()
+    trainer = make_served(server.url)
+
+    def shift(path, body, answer):
+        for choice in answer[1]["choices"]:
+            choice["prompt_logprobs"] = [None, *choice["prompt_logprobs"][:-1]]
+        return answer
+
+    server.misbehave = shift
+    with pytest.raises(RunCannotGoOn, match="reads something else than it was sent"):
+        trainer.train()
+
+
+def test_a_row_that_is_longer_than_the_server_takes_ends_the_run(make_served, serve):
+    server = serve(max_model_len=16)
+    trainer = make_served(server.url)
+    with pytest.raises(RunCannotGoOn, match=r"have \d+ and \d tokens, but .* holds 16.*--max-model-len"):
+        trainer.train()
+
+
+# What is refused at the start
+
+
+def test_nobody_at_the_url(make_served):
+    with pytest.raises(ValueError, match=rf"{NOBODY} has not answered for 0.5 seconds.*Connection refused"):
+        make_served(NOBODY, teacher_server_timeout=0.5)
+
+
+def test_another_kind_of_server(make_served, serve):
+    server = serve()
+    server.misbehave = lambda path, body, answer: (200, b"<html>Welcome</html>")
+    with pytest.raises(ValueError, match=rf"{server.url} answers /v1/models with no JSON, so it is no vLLM server"):
+        make_served(server.url)
+    server.misbehave = lambda path, body, answer: (200, {"hello": "world"})
+    with pytest.raises(ValueError, match=rf"{server.url}.*does not answer as vLLM does: KeyError\('data'\)"):
+        make_served(server.url)
+
+
+def test_a_key(make_served, serve, monkeypatch):
+    server = serve()
+    server.misbehave = lambda path, body, answer: (401, {"error": "Unauthorized"})
+    with pytest.raises(ValueError, match="status 401.*`VLLM_API_KEY`"):
+        make_served(server.url)
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    teacher = ServerTeacher(server.url)
+    assert teacher.servers.session.headers["Authorization"] == "Bearer secret"
+
+
+def test_other_tokens_are_named(make_served, serve, tmp_path):
+    model, tokenizer = tiny_models.build_qwen3(seed=1)
+    vocabulary = tokenizer.get_vocab()
+    text = tokenizer.backend_tokenizer.to_str()
+    one, two = vocabulary["seven"], vocabulary["eight"]
+    text = text.replace(f'"seven":{one}', f'"SEVEN":{one}').replace(f'"eight":{two}', f'"EIGHT":{two}')
+    tokenizer._tokenizer = tokenizer.backend_tokenizer.from_str(text)
+    server = serve(tiny_models.save(model, tokenizer, tmp_path / "other"))
+    with pytest.raises(ValueError, match=f"id {one} is 'seven' to the student and 'SEVEN' to the vLLM server at"):
+        make_served(server.url)
+    # And where the tokenizer is given, by that.
+    with pytest.raises(ValueError, match=f"disagree on 2 of .*id {one} is 'seven' to the student and 'SEVEN' to the"):
+        make_served(server.url, teacher_model_name_or_path=str(tmp_path / "other"))
+
+
+def test_a_server_that_says_nothing_of_its_tokens(make_served, serve, checkpoints):
+    """As behind a proxy that lets `/v1` through."""
+    server = serve()
+    server.misbehave = lambda path, body, answer: (404, {"detail": "Not Found"}) if path == "/detokenize" else answer
+    with pytest.raises(ValueError, match="refuses /detokenize with status 404.*Pass the teacher's tokenizer"):
+        make_served(server.url)
+    make_served(server.url, teacher_model_name_or_path=checkpoints["qwen3-teacher"])
+
+
+def test_a_teacher_that_has_no_log_probs_at_all(make_served, serve):
+    server = serve()
+    server.misbehave = lambda path, body, answer: unknown(answer, -9999.0, every=1)
+    with pytest.raises(ValueError, match=f"{server.url} has no log-probs for tokens as common"):
+        make_served(server.url)
+
+
+def test_a_student_that_reads_images_needs_a_server_that_does(make_trainer, serve):
+    server = serve()  # of a model of text, without the endpoint
+    with pytest.raises(ValueError, match="refuses /inference/v1/generate with status 404.*`--enable-scale-out`"):
+        make_trainer("internvl", teacher_server_url=server.url)
+
+
+def test_a_tokenizer_that_is_given_decides(make_served, serve, checkpoints):
+    server = serve()
+    server.misbehave = lambda path, body, answer: (200, {"prompt": "?"}) if path == "/detokenize" else answer
+    with pytest.raises(ValueError, match="pass the teacher's tokenizer as `teacher_processing_class`"):
+        make_served(server.url)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints["qwen3-teacher"])
+    make_served(server.url, trainer_options={"teacher_processing_class": tokenizer})
+    make_served(server.url, teacher_model_name_or_path=checkpoints["qwen3-teacher"])
+
+
+def test_servers_of_different_models(make_served, serve, checkpoints):
+    server, other = serve(), serve(checkpoints["qwen3-student"])
+    other.model.lm_head.weight.data.mul_(5)
+    with pytest.raises(ValueError, match=rf"different models: for the same tokens, {other.url} gives log-probs"):
+        make_served(server.url, other.url)
+    other.misbehave = lambda path, body, answer: (200, {"data": [{"id": "another"}]})
+    with pytest.raises(ValueError, match=rf"{server.url} runs 'teacher' and {other.url} runs 'another'"):
+        make_served(server.url, other.url)
+
+
+def test_logits_in_place_of_log_probs(make_served, serve):
+    server = serve()
+
+    def add(path, body, answer):
+        for choice in answer[1].get("choices", []):
+            for position in (choice["prompt_logprobs"] or [None])[1:]:
+                for entry in position.values():
+                    entry["logprob"] += 4.0
+        return answer
+
+    server.misbehave = add
+    with pytest.raises(ValueError, match="gives logits in place of log-probs.*--logprobs-mode raw_logprobs"):
+        make_served(server.url)
+
+
+def test_a_context_that_holds_no_completion(make_served, serve):
+    with pytest.raises(ValueError, match="`max_completion_length` is 40, but .* holds 32 tokens.*--max-model-len"):
+        make_served(serve(max_model_len=32).url, max_completion_length=40)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"teacher_server_url": ["localhost:8000"]}, r"'localhost:8000', which is no URL.*`http://host:8000`"),
+        ({"teacher_server_url": "http://host:8000/v1"}, "Leave out the `/v1`"),
+        ({"teacher_server_url": [NOBODY, NOBODY + "/"]}, "more than once"),
+        ({"teacher_server_url": []}, "is an empty list"),
+        ({"teacher_server_url": NOBODY, "teacher_offload": True}, "`teacher_offload` is set, but the teacher runs"),
+        (
+            {"teacher_server_url": NOBODY, "teacher_model_init_kwargs": {"dtype": "float32"}},
+            "init_kwargs` is set, but",
+        ),
+        (
+            {
+                "teacher_server_url": NOBODY,
+                "use_vllm": True,
+                "vllm_mode": "server",
+                "vllm_server_base_url": NOBODY + "/",
+            },
+            "where the student is sampled from.*Serve the teacher at another URL",
+        ),
+        ({"teacher_server_url": NOBODY, "teacher_server_timeout": 0.0}, "`teacher_server_timeout` is 0.0.*positive"),
+        ({"teacher_server_url": NOBODY, "teacher_server_timeout": 1e4}, r"shorter than `ddp_timeout` \(1800\)"),
+    ],
+)
+def test_mistakes_in_the_configuration(make_trainer, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(**options)
+
+
+def test_two_teachers_are_one_too_many(make_trainer, checkpoints):
+    with pytest.raises(ValueError, match="given twice.*`teacher_server_url` is 'http://localhost:9'"):
+        make_trainer(teacher_server_url=NOBODY, teacher_model=LocalTeacher(checkpoints["qwen3-teacher"]))
