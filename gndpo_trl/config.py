@@ -57,6 +57,9 @@ class GNDPOConfig(ExtendedGRPOConfig):
         teacher_offload (`bool`, *optional*, defaults to `False`):
             Whether to keep the teacher's weights in CPU memory (pinned, on CUDA), and on the device only while it
             scores. Not for ZeRO-3 and FSDP, which have an offloading of their own, nor for quantized teachers.
+        teacher_chat_template_kwargs (`str` or `dict[str, Any]`, *optional*):
+            Keyword arguments for the chat template where it renders the column `teacher_prompt`, over those of
+            `chat_template_kwargs`. The answer has to begin at the same point of the template for both.
 
         > Parameters that control the evaluation
 
@@ -144,7 +147,7 @@ class GNDPOConfig(ExtendedGRPOConfig):
     > `learning_rate=1e-6`, `max_grad_norm=1.0`, `temperature=1.0`, `top_p=1.0`.
     """
 
-    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs", "teacher_chat_template_kwargs"]
 
     # Parameters that control the teacher
     teacher_model_name_or_path: str | None = field(
@@ -175,6 +178,13 @@ class GNDPOConfig(ExtendedGRPOConfig):
             "help": "Whether to keep the teacher's weights in CPU memory (pinned, on CUDA), and on the device only "
             "while it scores. Not for ZeRO-3 and FSDP, which have an offloading of their own, nor for quantized "
             "teachers."
+        },
+    )
+    teacher_chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for the chat template where it renders the column `teacher_prompt`, over those "
+            "of `chat_template_kwargs`. The answer has to begin at the same point of the template for both."
         },
     )
 

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from .config import GNDPOConfig
+from .grpo.data_checks import by_argument
 from .grpo.launch import check_final_save
 from .grpo.ratio import SequenceTokenMixin
 from .grpo.rollouts import check_finite, check_images_were_kept, leave_out, valid_tokens
@@ -29,6 +30,7 @@ from .objective.advantages import clamp_scores, normalize, population_moments, t
 from .teacher_logs import TeacherLogsMixin
 from .teachers import LocalTeacher, Teacher
 from .teachers.compatibility import describe
+from .teachers.prompts import TeacherPrompts
 
 
 class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
@@ -39,6 +41,9 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
     The student samples completions; a frozen teacher scores every sampled token; the score, `teacher log-prob - student
     log-prob`, is clamped and whitened over all valid tokens of the generation batch, on all ranks; the result is the
     token-level advantage of TRL's clipped policy-gradient loss. Everything else is [`~trl.GRPOTrainer`].
+
+    The teacher reads the student's prompt, or the column `teacher_prompt` of the data where a row has one, see
+    [`~teachers.prompts.TeacherPrompts`].
 
     Example:
 
@@ -145,6 +150,7 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
+        self._teacher_prompts = self._get_teacher_prompts()
         self.teacher.prepare(self.model, self.accelerator, self._per_token_logps)
         self.add_callback(self.teacher)
         vocab_size = self.model.config.get_text_config().vocab_size
@@ -159,8 +165,8 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
         check_images_were_kept(rollout, self.max_completion_length)
 
         # The teacher and the student as it sampled, log pi_T and log pi_old of every sampled token.
-        question = {**rollout, "rows": inputs}
         with self._timer(seconds, "time/teacher_scoring"):
+            question = self._teacher_prompts.exchange({**rollout, "rows": inputs})
             self.teacher.start(question)
         student_logps = self._student_logps(rollout, seconds)
         with self._timer(seconds, "time/teacher_scoring"), torch.no_grad():
@@ -190,6 +196,27 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
 
         self._log_teacher(mode, rollout, seconds, scores, (teacher_logps, student_logps), undefined, unknown, mask)
         return rollout
+
+    def _get_teacher_prompts(self) -> TeacherPrompts:
+        own_kwargs = self.args.teacher_chat_template_kwargs
+        prompts = TeacherPrompts(
+            self.processing_class,
+            self.chat_template_kwargs,
+            {**self.chat_template_kwargs, **(own_kwargs or {})},
+            chat_template=self.chat_template,
+            tools=self.tools,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        )
+        for field, dataset in by_argument(self.train_dataset, self.eval_dataset).items():
+            has_environments = self.environment_factories is not None
+            prompts.check_dataset(field, dataset, self.args.remove_unused_columns, has_environments)
+        columns = getattr(self.train_dataset, "column_names", None)
+        if own_kwargs is not None and columns is not None and "teacher_prompt" not in columns:
+            raise ValueError(
+                f"`teacher_chat_template_kwargs` is {own_kwargs}, but `train_dataset` has no column `teacher_prompt` that "
+                f"they would render, only {columns}. Add one, or unset them."
+            )
+        return prompts
 
     def _uses_sampling_logps(self) -> bool:
         # Evaluation may sample at another temperature, and a pass more costs little there.

@@ -1,8 +1,9 @@
 """A job of `worker.py`: one training run on canned completions, and what each rank saw of it.
 
 Its specification holds `model`, `teacher`, `config` (the fields of GNDPOConfig), and optionally `completions` (token ids
-of a completion for each prompt; without them the student samples), `images` (whether prompts have one), `lora` (true
-or "4bit"), `resume`, `save` (a folder), `fail` (what shall go wrong on the last rank) and `fsdp` (see below).
+of a completion for each prompt; without them the student samples), `images` (whether prompts have one), `own_prompts`
+(whether the teacher has some), `lora` (true or "4bit"), `resume`, `save` (a folder), `fail` (what shall go wrong on the
+last rank) and `fsdp` (see below).
 """
 
 import io
@@ -65,10 +66,13 @@ def canned_rollouts(completions: list[list[int]]):
     return rollout_func
 
 
-def make_rows(images: bool) -> list[dict]:
+def make_rows(images: bool, own_prompts: bool = False) -> list[dict]:
     rows = [{"prompt": [{"role": "user", "content": f"what is {word} ?"}]} for word in PROMPTS]
     if images:
         rows = [{**row, "images": [tiny_models.draw_image(index)]} for index, row in enumerate(rows)]
+    if own_prompts:  # of the first process alone, where there are two, and longer than the student's
+        own = [{"role": "user", "content": "one plus one plus two is what ? what is the sum of one and two ?"}]
+        rows = [{**row, "teacher_prompt": own if index < 3 else None} for index, row in enumerate(rows)]
     return rows
 
 
@@ -119,7 +123,7 @@ def train(spec: dict) -> dict:
             else spec["teacher"]
         ),
         args=config,
-        train_dataset=Dataset.from_list(make_rows(spec.get("images"))),
+        train_dataset=Dataset.from_list(make_rows(spec.get("images"), spec.get("own_prompts"))),
         processing_class=processing_class,
         rollout_func=canned_rollouts(spec["completions"]) if spec.get("completions") else None,
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if spec.get("lora") else None,

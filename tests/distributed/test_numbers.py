@@ -19,6 +19,7 @@ CASES = {
     "token budget": {"completions": COMPLETIONS, "config": {"scoring_token_budget": 30}},
     # The first teacher has three rows of the first process and none of the second.
     "routed": {"completions": COMPLETIONS, "routed": True},
+    "own prompts": {"completions": COMPLETIONS, "family": "internvl", "own_prompts": True},
     "teacher offloaded": {"completions": COMPLETIONS, "config": {"teacher_offload": True}},
 }
 
@@ -30,7 +31,7 @@ def run_case(launch, case: str, accelerate_config: str | None, batch_size: int, 
         "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": accumulation,
     }
-    spec.update(completions=options["completions"], routed=options.get("routed"))
+    spec.update({key: value for key, value in options.items() if key not in ("config", "family")})
     run = launch(accelerate_config, options.get("family", "qwen3"), config, **spec)
     assert run.returncode == 0, run.output
     return run
@@ -70,6 +71,7 @@ def gradients(run, start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ("images", "zero3", 2, 2),
         ("token budget", "zero3", 2, 2),
         ("routed", "zero3", 2, 2),
+        ("own prompts", "zero3", 2, 2),
         ("teacher offloaded", "zero2", 2, 2),
     ],
 )
