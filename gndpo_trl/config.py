@@ -9,6 +9,10 @@ from .grpo.config import ExtendedGRPOConfig
 from .objective.advantages import ADVANTAGE_NORMALIZATIONS
 
 
+# What `teacher_weights` may be; the docstring says what each means.
+TEACHER_WEIGHTS = ("initial", "ema", "periodic", "live")
+
+
 class _SingleGeneration(int):
     """The number 1, but not smaller than 2: passes TRL's check for groups, and no other check, unseen."""
 
@@ -48,7 +52,8 @@ class GNDPOConfig(ExtendedGRPOConfig):
         > Parameters that control the teacher
 
         teacher_model_name_or_path (`str`, *optional*):
-            Model id on the Hub or path of the teacher. Leave it unset if `teacher_model` is passed to the trainer.
+            Model id on the Hub or path of the teacher, or `"self"`: the student teaches itself, from the column
+            `teacher_prompt` of the data. Leave it unset if `teacher_model` is passed to the trainer.
         teacher_model_revision (`str`, *optional*):
             Revision of the teacher on the Hub: a branch, a tag or a commit. Also used for its processing class.
         teacher_model_init_kwargs (`str` or `dict[str, Any]`, *optional*):
@@ -60,6 +65,14 @@ class GNDPOConfig(ExtendedGRPOConfig):
         teacher_chat_template_kwargs (`str` or `dict[str, Any]`, *optional*):
             Keyword arguments for the chat template where it renders the column `teacher_prompt`, over those of
             `chat_template_kwargs`. The answer has to begin at the same point of the template for both.
+        teacher_weights (`str`, *optional*, defaults to `"initial"`):
+            Weights of a teacher that is the student itself. `"initial"`: those that training starts from, in a model of
+            their own, or for a PEFT student those under its adapters, without a second copy. `"ema"`: the exponential
+            moving average of the student's. `"periodic"`: a copy of them from time to time. `"live"`: those in training.
+        teacher_ema_decay (`float`, *optional*, defaults to `0.999`):
+            Share of the average that every optimizer step leaves, for `teacher_weights="ema"`.
+        teacher_sync_steps (`int`, *optional*, defaults to `50`):
+            Number of optimizer steps between two copies, for `teacher_weights="periodic"`.
 
         > Parameters that control the evaluation
 
@@ -153,8 +166,8 @@ class GNDPOConfig(ExtendedGRPOConfig):
     teacher_model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Model id on the Hub or path of the teacher. Leave it unset if `teacher_model` is passed to the "
-            "trainer."
+            "help": 'Model id on the Hub or path of the teacher, or `"self"`: the student teaches itself, from the '
+            "column `teacher_prompt` of the data. Leave it unset if `teacher_model` is passed to the trainer."
         },
     )
     teacher_model_revision: str | None = field(
@@ -186,6 +199,26 @@ class GNDPOConfig(ExtendedGRPOConfig):
             "help": "Keyword arguments for the chat template where it renders the column `teacher_prompt`, over those "
             "of `chat_template_kwargs`. The answer has to begin at the same point of the template for both."
         },
+    )
+    teacher_weights: str = field(
+        default="initial",
+        metadata={
+            "help": 'Weights of a teacher that is the student itself. `"initial"`: those that training starts from, in '
+            "a model of their own, or for a PEFT student those under its adapters, without a second copy. "
+            '`"ema"`: the exponential moving average of the student\'s. `"periodic"`: a copy of them from time to '
+            'time. `"live"`: those in training.',
+            "choices": list(TEACHER_WEIGHTS),
+        },
+    )
+    teacher_ema_decay: float = field(
+        default=0.999,
+        metadata={
+            "help": 'Share of the average that every optimizer step leaves, for `teacher_weights="ema"`.',
+        },
+    )
+    teacher_sync_steps: int = field(
+        default=50,
+        metadata={"help": 'Number of optimizer steps between two copies, for `teacher_weights="periodic"`.'},
     )
 
     # Parameters that control scoring
@@ -282,6 +315,21 @@ class GNDPOConfig(ExtendedGRPOConfig):
             raise ValueError(
                 f"`advantage_normalization` is {self.advantage_normalization!r}. Choose one of "
                 f"{', '.join(map(repr, ADVANTAGE_NORMALIZATIONS))}."
+            )
+        if self.teacher_weights not in TEACHER_WEIGHTS:
+            raise ValueError(
+                f"`teacher_weights` is {self.teacher_weights!r}. Choose one of {', '.join(map(repr, TEACHER_WEIGHTS))}."
+            )
+        if not 0 <= self.teacher_ema_decay < 1:
+            raise ValueError(
+                f"`teacher_ema_decay` is {self.teacher_ema_decay}, but it is the share of the average that a step leaves: "
+                "give a number from 0 up to, but not including, 1. A teacher that never moves is "
+                '`teacher_weights="initial"`.'
+            )
+        if self.teacher_sync_steps < 1:
+            raise ValueError(
+                f"`teacher_sync_steps` is {self.teacher_sync_steps}, but it is a number of optimizer steps. Give a "
+                'positive one; a teacher that never moves is `teacher_weights="initial"`.'
             )
         check_loss_and_level(self.loss_type, self.importance_sampling_level)
         if not self.std_floor >= 0:

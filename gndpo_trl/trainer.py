@@ -1,7 +1,9 @@
 """GNDPO, from the rollout to the advantages."""
 
+import copy
 import textwrap
 from collections.abc import Callable
+from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import Any
 
@@ -28,7 +30,7 @@ from .grpo.trl_hooks import get_config_model_id
 from .grpo.vllm import check_sampling_logps
 from .objective.advantages import clamp_scores, normalize, population_moments, token_scores
 from .teacher_logs import TeacherLogsMixin
-from .teachers import LocalTeacher, Teacher
+from .teachers import InitialStudent, LocalTeacher, SelfTeacher, Teacher
 from .teachers.compatibility import describe
 from .teachers.prompts import TeacherPrompts
 
@@ -62,8 +64,9 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
 
     Args:
         teacher_model (`str`, `PathLike`, [`~transformers.PreTrainedModel`] or [`~teachers.Teacher`], *optional*):
-            Teacher: a path, a model id, a loaded model, or anything else that scores tokens, see [`~teachers.Teacher`].
-            May be omitted if `args.teacher_model_name_or_path` is set. Image-text students need an image-text teacher.
+            Teacher: a path, a model id, a loaded model, `"self"` for the student with a prompt of its own
+            (`args.teacher_weights`), or anything else that scores tokens, see [`~teachers.Teacher`]. May be omitted if
+            `args.teacher_model_name_or_path` is set. Image-text students need an image-text teacher.
         teacher_processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
             Tokenizer or processor of the teacher, used to check that token ids and images mean the same to both
             models. If `None`, it is loaded from where the teacher came from.
@@ -82,7 +85,7 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
 
     _generation_arguments = (
         *ExtendedGRPOTrainer._generation_arguments,
-        *("score_clip", "advantage_normalization", "std_floor", "use_sampling_logps"),
+        *("score_clip", "advantage_normalization", "std_floor", "use_sampling_logps", "teacher_weights"),
     )
     _tag_names = ["trl", "gndpo"]
     _name = "GNDPO"
@@ -128,7 +131,8 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GNDPOConfig(f"{model_name.split('/')[-1]}-GNDPO")
         check_arguments(args, rollout_func)
-        self.teacher = get_teacher(teacher_model, teacher_processing_class, args)
+        student = Student(model, processing_class, is_peft=peft_config is not None or isinstance(model, PeftModel))
+        self.teacher = get_teacher(teacher_model, teacher_processing_class, args, student)
         model_kwargs = args.model_init_kwargs or {}
         revision = model_kwargs.get("revision")
         trust_remote_code = model_kwargs.get("trust_remote_code", args.trust_remote_code)
@@ -208,6 +212,7 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
             pad_to_multiple_of=self.pad_to_multiple_of,
         )
         for field, dataset in by_argument(self.train_dataset, self.eval_dataset).items():
+            self.teacher.check_data(field, dataset)
             has_environments = self.environment_factories is not None
             prompts.check_dataset(field, dataset, self.args.remove_unused_columns, has_environments)
         columns = getattr(self.train_dataset, "column_names", None)
@@ -259,10 +264,20 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
         self.teacher.load_state(folder)
 
 
+@dataclass
+class Student:
+    """What a teacher that is the student itself is made from: the trainer's arguments."""
+
+    model: str | PreTrainedModel | PeftModel
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None
+    is_peft: bool
+
+
 def get_teacher(
     teacher_model: str | PathLike | PreTrainedModel | Teacher | None,
     teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
     args: GNDPOConfig,
+    student: Student,
 ) -> Teacher:
     """
     The teacher that the trainer's arguments and the configuration's `teacher_*` fields name.
@@ -294,11 +309,75 @@ def get_teacher(
                     "itself. Unset it."
                 )
         return teacher_model
+    teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
+    if isinstance(teacher_model, str) and teacher_model == "self":
+        return get_self_teacher(teacher_processing_class, args, student)
+    if args.teacher_weights != "initial":
+        raise ValueError(
+            f"`teacher_weights` is {args.teacher_weights!r}, but the teacher is a model of its own, whose weights stay. "
+            'Unset it, or set `teacher_model` to "self".'
+        )
     return LocalTeacher(
-        args.teacher_model_name_or_path if teacher_model is None else teacher_model,
+        teacher_model,
         teacher_processing_class,
         revision=args.teacher_model_revision,
         init_kwargs=args.teacher_model_init_kwargs,
+        trust_remote_code=args.trust_remote_code,
+        offload=args.teacher_offload,
+        cast_lm_head_to_fp32=args.cast_lm_head_to_fp32,
+    )
+
+
+def get_self_teacher(
+    teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | None, args: GNDPOConfig, student: Student
+) -> Teacher:
+    """
+    The student as its own teacher.
+
+    Raises:
+        `ValueError`: if options come with it that have no meaning for it, if it would not be scored at temperature 1, or
+            if a copy of a student that ZeRO-3 has sharded already is asked for.
+    """
+    options = {
+        "teacher_processing_class": teacher_processing_class,
+        "teacher_model_revision": args.teacher_model_revision,
+        "teacher_model_init_kwargs": args.teacher_model_init_kwargs,
+    }
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f'`{name}` is set, but `teacher_model` is "self", which has the student\'s. Unset it.')
+    if args.teacher_weights == "initial" and not student.is_peft:
+        return get_initial_student(args, student)
+    if args.teacher_offload and args.teacher_weights in ("initial", "live"):
+        raise ValueError(
+            f"`teacher_offload` is True, but with `teacher_weights={args.teacher_weights!r}` the teacher has no weights "
+            "beside the student's. Unset it."
+        )
+    if args.temperature != 1.0:
+        raise ValueError(
+            f"`temperature` is {args.temperature}, but this teacher is scored through the student's own LM head, and "
+            "teachers are scored at temperature 1. Set `temperature` to 1.0, or pass the student's path as `teacher_model` "
+            "for a copy with a head of its own."
+        )
+    return SelfTeacher(
+        args.teacher_weights, args.teacher_ema_decay, args.teacher_sync_steps, offload=args.teacher_offload
+    )
+
+
+def get_initial_student(args: GNDPOConfig, student: Student) -> InitialStudent:
+    """A frozen copy of the student as it is before training, loaded as TRL loads the student."""
+    model, init_kwargs = student.model, {"dtype": "float32", **(args.model_init_kwargs or {})}
+    if not isinstance(model, str):
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            raise ValueError(
+                "`model` is loaded and sharded by ZeRO-3 already, so that no copy of it can be made for the teacher. "
+                "Pass its path or model id as `model`."
+            )
+        model, init_kwargs = copy.deepcopy(model), None
+    return InitialStudent(
+        model,
+        student.processing_class,
+        init_kwargs=init_kwargs,
         trust_remote_code=args.trust_remote_code,
         offload=args.teacher_offload,
         cast_lm_head_to_fp32=args.cast_lm_head_to_fp32,

@@ -18,7 +18,7 @@ class Teacher(TrainerCallback):
     Knows how likely the sampled tokens are. `per_token_logps` is all that a teacher must have; the rest has defaults.
 
     Pass an instance as `teacher_model`. The trainer calls, in this order and on all ranks: `check` before it loads any
-    model; `prepare` when the student is there; for each generation batch `start`, then its own scoring pass, then
+    model; `check_data` and `prepare` when the student is there; for each generation batch `start`, then its own scoring pass, then
     `per_token_logps`; `save_state` and `load_state` with checkpoints. A teacher is also a
     [`~transformers.TrainerCallback`] of the run: one whose weights follow the student's moves them in `on_step_end`.
 
@@ -54,6 +54,19 @@ class Teacher(TrainerCallback):
 
         Raises:
             `ValueError`: if this teacher cannot score what the student samples.
+        """
+
+    def check_data(self, field: str, dataset: Any) -> None:
+        """
+        Look at a data set of the run, before it begins.
+
+        Args:
+            field (`str`): Argument of the trainer that it was passed as: `"train_dataset"`, `"eval_dataset"` or
+                `"eval_dataset['name']"`.
+            dataset: The data set, or `None`.
+
+        Raises:
+            `ValueError`: if this teacher cannot teach from it.
         """
 
     def prepare(self, student: PreTrainedModel, accelerator: Accelerator, score: Score) -> None:

@@ -25,6 +25,7 @@ from transformers import AutoProcessor, BitsAndBytesConfig
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
 from gndpo_trl.grpo.microbatches import select_rows
 from gndpo_trl.teachers import LocalTeacher, Teacher
+from gndpo_trl.teachers.weights import piece
 
 
 PROMPTS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
@@ -141,7 +142,7 @@ def train(spec: dict) -> dict:
 
     advantages = {}
     teacher_forwards = []
-    engine = trainer.teacher.model
+    engine = getattr(trainer.teacher, "model", trainer.model)
     engine.register_forward_pre_hook(
         lambda module, args, kwargs: teacher_forwards.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
@@ -157,10 +158,7 @@ def train(spec: dict) -> dict:
 
     trainer._generate_and_score_completions = watch
     teacher = trainer.accelerator.unwrap_model(engine)
-    if trainer.is_fsdp_enabled:
-        held = sum(parameter.to_local().numel() for parameter in engine.parameters())
-    else:
-        held = sum(getattr(p, "ds_tensor", p).numel() for p in teacher.parameters())
+    held = sum(piece(parameter).numel() for parameter in teacher.parameters())
     whole = sum(getattr(p, "ds_numel", p.numel()) for p in teacher.parameters())
 
     trainer.train(resume_from_checkpoint=spec.get("resume"))

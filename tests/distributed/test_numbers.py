@@ -111,3 +111,60 @@ def test_two_processes_equal_one(launch, one_process, checkpoints, case, acceler
             assert held == whole
         if accelerate_config == "zero3":  # from the text configuration's hidden size
             assert report["teacher_buckets"] == [48 * 48, int(0.9 * 48 * 48), 10 * 48]
+
+
+SELF_TAUGHT = {"teacher_weights": "ema", "teacher_ema_decay": 0.5, "max_steps": 3, "learning_rate": 0.1}
+
+
+@pytest.fixture(scope="module")
+def self_taught(launch):
+    """Three steps of a student and its average on one process; of its adapters, too."""
+    runs = {}
+
+    def get(lora: bool):
+        if lora not in runs:
+            runs[lora] = run_self_taught(launch, None, 4, lora=lora)
+        return runs[lora]
+
+    return get
+
+
+def run_self_taught(launch, accelerate_config: str | None, accumulation: int, **spec):
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation}
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    config = {**SELF_TAUGHT, **saving, **options, **spec.pop("config", {})}
+    options = {"teacher": "self", "completions": COMPLETIONS, "own_prompts": True, **spec}
+    run = launch(accelerate_config, "qwen3", config, fsdp=accelerate_config == "fsdp2", **options)
+    assert run.returncode == 0, run.output
+    return run
+
+
+@pytest.mark.parametrize(
+    "accelerate_config, lora", [("ddp", False), ("zero3", False), ("zero3", True), ("fsdp2", False)]
+)
+def test_the_average_of_the_student_is_that_of_one_process(launch, self_taught, accelerate_config, lora):
+    """Its weights are in pieces, the model that scores with them is whole again, and checkpoints hold all of them."""
+    expected, found = self_taught(lora), run_self_taught(launch, accelerate_config, 2, lora=lora)
+    for step in (2, 3):
+        one, two = (load_file(run.folder / f"out/checkpoint-{step}/teacher.safetensors") for run in (expected, found))
+        assert one.keys() == two.keys() and len(one) == (8 if lora else 25)
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    for one, two in zip(*(run.reports[0]["log_history"][:3] for run in (expected, found)), strict=True):
+        assert two["score/std"] == pytest.approx(one["score/std"], abs=1e-5) != 0
+
+    own = {}
+    if accelerate_config == "fsdp2":  # torch loads no state of an optimizer that has none
+        own = {"optim": "adamw_torch", "learning_rate": 1e-3}
+        found = run_self_taught(launch, accelerate_config, 2, config=own)
+    checkpoint = str(found.folder / "out/checkpoint-2")
+    resumed = run_self_taught(
+        launch, accelerate_config, 2, lora=lora, resume=checkpoint, config={**own, "save_steps": 3}
+    )
+    one, two = (load_file(run.folder / "out/checkpoint-3/teacher.safetensors") for run in (found, resumed))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    if accelerate_config == "ddp":  # on another number of processes
+        alone = run_self_taught(launch, None, 4, resume=checkpoint, config={"save_steps": 3})
+        other = load_file(alone.folder / "out/checkpoint-3/teacher.safetensors")
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, rtol=0, atol=1e-5)
