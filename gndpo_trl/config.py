@@ -114,7 +114,8 @@ class GNDPOConfig(ExtendedGRPOConfig):
             Population over which the clamped scores are whitened. `"global"`: all valid tokens of the generation
             batch, on all ranks and in all accumulation steps (GNDPO). `"none"`: no whitening, the clamped scores are
             the advantages (on-policy distillation). `"group"`: the tokens of the completions of the same prompt.
-            `"sequence"`: the tokens of the same completion.
+            `"sequence"`: the tokens of the same completion. `"teacher"`: the tokens that the same one of several
+            teachers scored, since teachers differ in scale.
         std_floor (`float`, *optional*, defaults to `0.0`):
             Lower bound, in nats, of the standard deviation that the scores are divided by. A positive value keeps
             rounding noise from being blown up to unit variance once the student has become its teacher.
@@ -246,7 +247,8 @@ class GNDPOConfig(ExtendedGRPOConfig):
             "help": 'Population over which the clamped scores are whitened. `"global"`: all valid tokens of the '
             'generation batch, on all ranks and in all accumulation steps (GNDPO). `"none"`: no whitening, the '
             'clamped scores are the advantages (on-policy distillation). `"group"`: the tokens of the completions '
-            'of the same prompt. `"sequence"`: the tokens of the same completion.',
+            'of the same prompt. `"sequence"`: the tokens of the same completion. `"teacher"`: the tokens that the '
+            "same one of several teachers scored, since teachers differ in scale.",
             "choices": list(ADVANTAGE_NORMALIZATIONS),
         },
     )

@@ -30,7 +30,7 @@ from .grpo.trl_hooks import get_config_model_id
 from .grpo.vllm import check_sampling_logps
 from .objective.advantages import clamp_scores, normalize, population_moments, token_scores
 from .teacher_logs import TeacherLogsMixin
-from .teachers import InitialStudent, LocalTeacher, SelfTeacher, Teacher
+from .teachers import InitialStudent, LocalTeacher, RoutedTeacher, SelfTeacher, Teacher
 from .teachers.compatibility import describe
 from .teachers.prompts import TeacherPrompts
 
@@ -63,9 +63,10 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
     ```
 
     Args:
-        teacher_model (`str`, `PathLike`, [`~transformers.PreTrainedModel`] or [`~teachers.Teacher`], *optional*):
+        teacher_model (`str`, `PathLike`, [`~transformers.PreTrainedModel`], [`~teachers.Teacher`] or `dict`, *optional*):
             Teacher: a path, a model id, a loaded model, `"self"` for the student with a prompt of its own
-            (`args.teacher_weights`), or anything else that scores tokens, see [`~teachers.Teacher`]. May be omitted if
+            (`args.teacher_weights`), or anything else that scores tokens, see [`~teachers.Teacher`]. A dictionary of
+            such teachers has each score the rows whose column `teacher` holds its name. May be omitted if
             `args.teacher_model_name_or_path` is set. Image-text students need an image-text teacher.
         teacher_processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
             Tokenizer or processor of the teacher, used to check that token ids and images mean the same to both
@@ -123,14 +124,14 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
         tools: list[Callable] | None = None,
         rollout_func: Callable | None = None,
         environment_factory: Any = None,
-        teacher_model: str | PathLike | PreTrainedModel | Teacher | None = None,
+        teacher_model: str | PathLike | PreTrainedModel | Teacher | dict[str, Any] | None = None,
         teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     ):
         model = fspath(model) if isinstance(model, PathLike) else model
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GNDPOConfig(f"{model_name.split('/')[-1]}-GNDPO")
-        check_arguments(args, rollout_func)
+        check_arguments(args, rollout_func, teacher_model)
         student = Student(model, processing_class, is_peft=peft_config is not None or isinstance(model, PeftModel))
         self.teacher = get_teacher(teacher_model, teacher_processing_class, args, student)
         model_kwargs = args.model_init_kwargs or {}
@@ -156,7 +157,8 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
         )
         self._teacher_prompts = self._get_teacher_prompts()
         self.teacher.prepare(self.model, self.accelerator, self._per_token_logps)
-        self.add_callback(self.teacher)
+        for callback in self.teacher.callbacks():
+            self.add_callback(callback)
         vocab_size = self.model.config.get_text_config().vocab_size
         if self.teacher.vocab_size is not None and self.teacher.vocab_size < vocab_size and not self.use_vllm:
             # The student's vocabulary is padded further than the teacher's; the rows beyond are no tokens.
@@ -184,6 +186,9 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
         scores = token_scores(teacher_logps, student_logps, mask)
         clamped = clamp_scores(scores, mask, self.args.score_clip)
 
+        teachers = None
+        if self.teacher.names:
+            teachers = torch.tensor(self.teacher.route(inputs), device=mask.device)
         # Whitened over all valid tokens of the generation batch, on all ranks and in all accumulation steps.
         moments = population_moments(
             clamped,
@@ -192,13 +197,16 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
             num_generations=self.num_generations if mode == "train" else self.num_generations_eval,
             gather=gather,
             process_index=self.accelerator.process_index,
+            teachers=teachers,
+            num_teachers=len(self.teacher.names),
         )
         advantages, undefined = normalize(clamped, mask, moments, self.args.std_floor)
         rollout["advantages"] = advantages
         if self._uses_sampling_logps():  # these are estimates for the logs then; the loss makes its own
             rollout["teacher_per_token_logps"], rollout["score_moments"] = teacher_logps, moments
 
-        self._log_teacher(mode, rollout, seconds, scores, (teacher_logps, student_logps), undefined, unknown, mask)
+        logps = (teacher_logps, student_logps)
+        self._log_teacher(mode, rollout, seconds, scores, logps, undefined, unknown, mask, teachers)
         return rollout
 
     def _get_teacher_prompts(self) -> TeacherPrompts:
@@ -211,6 +219,11 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
             tools=self.tools,
             pad_to_multiple_of=self.pad_to_multiple_of,
         )
+        if self.args.remove_unused_columns and self.teacher.names:
+            raise ValueError(
+                "`teacher_model` has several teachers, but `remove_unused_columns` is True, which removes the column "
+                "`teacher` that says whose a row is. Set it to False."
+            )
         for field, dataset in by_argument(self.train_dataset, self.eval_dataset).items():
             self.teacher.check_data(field, dataset)
             has_environments = self.environment_factories is not None
@@ -274,7 +287,7 @@ class Student:
 
 
 def get_teacher(
-    teacher_model: str | PathLike | PreTrainedModel | Teacher | None,
+    teacher_model: str | PathLike | PreTrainedModel | Teacher | dict[str, Any] | None,
     teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
     args: GNDPOConfig,
     student: Student,
@@ -295,31 +308,54 @@ def get_teacher(
             f"The teacher is given twice: `teacher_model` was passed to the trainer and `teacher_model_name_or_path` "
             f"is {args.teacher_model_name_or_path!r}. Keep one of them."
         )
-    if isinstance(teacher_model, Teacher):
-        options = {
-            "teacher_processing_class": teacher_processing_class,
-            "teacher_model_revision": args.teacher_model_revision,
-            "teacher_model_init_kwargs": args.teacher_model_init_kwargs,
-            "teacher_offload": args.teacher_offload or None,
-        }
-        for name, value in options.items():
-            if value is not None:
-                raise ValueError(
-                    f"`{name}` is set, but `teacher_model` is a {type(teacher_model).__name__}, which decides that "
-                    "itself. Unset it."
-                )
-        return teacher_model
     teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
-    if isinstance(teacher_model, str) and teacher_model == "self":
-        return get_self_teacher(teacher_processing_class, args, student)
-    if args.teacher_weights != "initial":
+    teachers = list(teacher_model.values()) if isinstance(teacher_model, dict) else [teacher_model]
+    if args.teacher_weights != "initial" and not any(is_self(teacher) for teacher in teachers):
         raise ValueError(
             f"`teacher_weights` is {args.teacher_weights!r}, but the teacher is a model of its own, whose weights stay. "
             'Unset it, or set `teacher_model` to "self".'
         )
+    options = {
+        "teacher_processing_class": teacher_processing_class,
+        "teacher_model_revision": args.teacher_model_revision,
+        "teacher_model_init_kwargs": args.teacher_model_init_kwargs,
+        "teacher_offload": args.teacher_offload or None,
+    }
+    for name, value in options.items():
+        if value is not None and all(isinstance(teacher, Teacher) for teacher in teachers):
+            raise ValueError(
+                f"`{name}` is set, but `teacher_model` is a {type(teachers[0]).__name__}, which decides that itself. Unset "
+                "it."
+            )
+    if not isinstance(teacher_model, dict):
+        return make_teacher(teacher_model, teacher_processing_class, args, student)
+    for name in ("teacher_processing_class", "teacher_model_revision"):
+        if options[name] is not None:
+            raise ValueError(
+                f"`{name}` is set, but `teacher_model` has several teachers, and it can only be that of one. Pass that one "
+                "as a `LocalTeacher`, which takes it, and unset it here."
+            )
+    teachers = {name: make_teacher(teacher, None, args, student) for name, teacher in teacher_model.items()}
+    return RoutedTeacher(teachers)
+
+
+def is_self(teacher: Any) -> bool:
+    return isinstance(teacher, str) and teacher == "self"
+
+
+def make_teacher(
+    teacher: str | PathLike | PreTrainedModel | Teacher,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
+    args: GNDPOConfig,
+    student: Student,
+) -> Teacher:
+    if isinstance(teacher, Teacher):
+        return teacher
+    if is_self(teacher):
+        return get_self_teacher(processing_class, args, student)
     return LocalTeacher(
-        teacher_model,
-        teacher_processing_class,
+        teacher,
+        processing_class,
         revision=args.teacher_model_revision,
         init_kwargs=args.teacher_model_init_kwargs,
         trust_remote_code=args.trust_remote_code,
@@ -384,7 +420,7 @@ def get_initial_student(args: GNDPOConfig, student: Student) -> InitialStudent:
     )
 
 
-def check_arguments(args: GNDPOConfig, rollout_func: Callable | None) -> None:
+def check_arguments(args: GNDPOConfig, rollout_func: Callable | None, teacher_model: Any) -> None:
     """Raise before anything is loaded where the trainer's arguments cannot be meant so."""
     if not isinstance(args, GNDPOConfig):
         raise TypeError(
@@ -393,6 +429,12 @@ def check_arguments(args: GNDPOConfig, rollout_func: Callable | None) -> None:
         )
     if args.save_strategy != "no":
         check_final_save(args)
+    is_one = not isinstance(teacher_model, dict) and not getattr(teacher_model, "names", ())
+    if args.advantage_normalization == "teacher" and is_one:
+        raise ValueError(
+            '`advantage_normalization` is "teacher", but there is one teacher only, for which that is "global". Set that, '
+            "or pass several teachers as a dictionary."
+        )
     if args.use_sampling_logps and not args.use_vllm and rollout_func is None:
         raise ValueError(
             "`use_sampling_logps` is True, but transformers' generation returns no log-probs. Set `use_vllm=True`, "

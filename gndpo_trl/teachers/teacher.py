@@ -41,9 +41,15 @@ class Teacher(TrainerCallback):
     Attributes:
         vocab_size (`int` or `None`): The teacher knows token ids below this; the trainer keeps transformers' generation
             from sampling others. `None`: it knows all of the student's.
+        names (`tuple[str, ...]`): Names of those that share the rows where this stands for several, see `route`.
     """
 
     vocab_size: int | None = None
+    names: tuple[str, ...] = ()
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """Who follows the run as a callback: this teacher."""
+        return [self]
 
     def check(self, student: ModelDescription) -> None:
         """
@@ -80,6 +86,10 @@ class Teacher(TrainerCallback):
                 completions under a model with TRL's fused LM head, in forward passes over real tokens. All ranks have
                 to call it together, with the same `B`; the rollout may have other prompts and images than the student's.
         """
+
+    def route(self, rows: list[dict[str, Any]]) -> list[int]:
+        """The number in `names` of the teacher of each row, for metrics and whitening. Asked where there are names."""
+        raise NotImplementedError(f"{type(self).__name__} has `names`, but no `route`.")
 
     def start(self, rollout: dict[str, Any]) -> None:
         """Begin to score a rollout and return at once. For teachers elsewhere: the student is scored meanwhile."""

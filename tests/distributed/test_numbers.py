@@ -18,7 +18,12 @@ CASES = {
     # The two processes' own lengths would need different numbers of forward passes.
     "token budget": {"completions": COMPLETIONS, "config": {"scoring_token_budget": 30}},
     # The first teacher has three rows of the first process and none of the second.
-    "routed": {"completions": COMPLETIONS, "routed": True},
+    "routed": {"completions": COMPLETIONS, "routed": True, "family": "internvl"},
+    "routed apart": {
+        "completions": COMPLETIONS,
+        "routed": True,
+        "config": {"advantage_normalization": "teacher"},
+    },
     "own prompts": {"completions": COMPLETIONS, "family": "internvl", "own_prompts": True},
     "teacher offloaded": {"completions": COMPLETIONS, "config": {"teacher_offload": True}},
 }
@@ -71,6 +76,8 @@ def gradients(run, start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ("images", "zero3", 2, 2),
         ("token budget", "zero3", 2, 2),
         ("routed", "zero3", 2, 2),
+        ("routed apart", "ddp", 2, 2),
+        ("routed apart", "zero3", 4, 1),
         ("own prompts", "zero3", 2, 2),
         ("teacher offloaded", "zero2", 2, 2),
     ],
