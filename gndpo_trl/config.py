@@ -119,6 +119,11 @@ class GNDPOConfig(ExtendedGRPOConfig):
         std_floor (`float`, *optional*, defaults to `0.0`):
             Lower bound, in nats, of the standard deviation that the scores are divided by. A positive value keeps
             rounding noise from being blown up to unit variance once the student has become its teacher.
+        distillation_coef (`float`, *optional*, defaults to `1.0`):
+            Weight of the teacher's advantages beside those of the rewards.
+        reward_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of the advantages that GRPO makes of the rewards, the same for all tokens of a completion. At 0 the
+            rewards are only logged.
 
         > Parameters that control the loss
 
@@ -259,6 +264,17 @@ class GNDPOConfig(ExtendedGRPOConfig):
             "keeps rounding noise from being blown up to unit variance once the student has become its teacher."
         },
     )
+    distillation_coef: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the teacher's advantages beside those of the rewards."},
+    )
+    reward_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the advantages that GRPO makes of the rewards, the same for all tokens of a completion. "
+            "At 0 the rewards are only logged."
+        },
+    )
 
     # Parameters that control the loss
     importance_sampling_level: str = field(
@@ -338,6 +354,21 @@ class GNDPOConfig(ExtendedGRPOConfig):
             raise ValueError(
                 f"`std_floor` is {self.std_floor}, but it is a lower bound of a standard deviation. Use 0.0 for the "
                 "reference's behaviour, or a positive number of nats."
+            )
+        for name in ("distillation_coef", "reward_coef"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}, but it weighs one of two parts of the advantages. Give a number "
+                    "from 0 on."
+                )
+        if self.distillation_coef == self.reward_coef == 0:
+            raise ValueError(
+                "`distillation_coef` and `reward_coef` are both 0, so that nothing would be learned. Raise one of them."
+            )
+        if self.reward_coef != 0 and self.num_generations == 1:
+            raise ValueError(
+                f"`reward_coef` is {self.reward_coef}, but `num_generations` is 1: a reward is compared with those of other "
+                "completions of its prompt. Raise `num_generations`, or leave `reward_coef` at 0."
             )
         if self.importance_sampling_level == "sequence":
             raise ValueError(

@@ -29,6 +29,7 @@ from .grpo.trainer import ExtendedGRPOTrainer
 from .grpo.trl_hooks import get_config_model_id
 from .grpo.vllm import check_sampling_logps
 from .objective.advantages import clamp_scores, normalize, population_moments, token_scores
+from .objective.mixture import mix_advantages
 from .teacher_logs import TeacherLogsMixin
 from .teachers import InitialStudent, LocalTeacher, RoutedTeacher, SelfTeacher, Teacher
 from .teachers.compatibility import describe
@@ -74,8 +75,8 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
         args ([`GNDPOConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
         reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
-            Reward functions to monitor. They are computed and logged as in [`~trl.GRPOTrainer`] and do not touch the
-            advantages. Without any, the teacher's mean score per completion is logged as the reward.
+            Reward functions. They are computed and logged as in [`~trl.GRPOTrainer`], and touch the advantages only
+            with `args.reward_coef`. Without any, the teacher's mean score per completion is logged as the reward.
 
         All other arguments are those of [`~trl.GRPOTrainer`].
 
@@ -87,6 +88,7 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
     _generation_arguments = (
         *ExtendedGRPOTrainer._generation_arguments,
         *("score_clip", "advantage_normalization", "std_floor", "use_sampling_logps", "teacher_weights"),
+        *("distillation_coef", "reward_coef"),
     )
     _tag_names = ["trl", "gndpo"]
     _name = "GNDPO"
@@ -155,6 +157,10 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
+        if args.reward_coef != 0 and self.stand_in in self.reward_funcs:
+            raise ValueError(
+                f"`reward_coef` is {args.reward_coef}, but there is no reward. Pass `reward_funcs`, or leave it at 0."
+            )
         self._teacher_prompts = self._get_teacher_prompts()
         self.teacher.prepare(self.model, self.accelerator, self._per_token_logps)
         for callback in self.teacher.callbacks():
@@ -201,9 +207,12 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
             num_teachers=len(self.teacher.names),
         )
         advantages, undefined = normalize(clamped, mask, moments, self.args.std_floor)
-        rollout["advantages"] = advantages
+        # TRL has put the advantages of the rewards there, one for each completion.
+        reward_advantages = rollout["advantages"]
         if self._uses_sampling_logps():  # these are estimates for the logs then; the loss makes its own
             rollout["teacher_per_token_logps"], rollout["score_moments"] = teacher_logps, moments
+            rollout["reward_advantages"] = reward_advantages
+        rollout["advantages"] = self._mix(advantages, reward_advantages, rollout)
 
         logps = (teacher_logps, student_logps)
         self._log_teacher(mode, rollout, seconds, scores, logps, undefined, unknown, mask, teachers)
@@ -258,6 +267,10 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
         check_finite("student", logps, rollout, valid_tokens(rollout), self._tokenizer)
         return logps
 
+    def _mix(self, advantages: torch.Tensor, rewards: torch.Tensor, rollout: dict[str, Any]) -> torch.Tensor:
+        args = self.args
+        return mix_advantages(advantages, rewards, valid_tokens(rollout), args.distillation_coef, args.reward_coef)
+
     def _adapt_loss_inputs(self, logps: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         if "teacher_per_token_logps" in inputs:  # `use_sampling_logps`: only the statistics are the sampler's
             mask = valid_tokens(inputs)
@@ -265,7 +278,8 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
             self._watch_sampling_logps(inputs, logps.detach())
             scores = token_scores(inputs["teacher_per_token_logps"], logps, mask)
             clamped = clamp_scores(scores, mask, self.args.score_clip)
-            inputs["advantages"], _ = normalize(clamped, mask, inputs["score_moments"], self.args.std_floor)
+            advantages, _ = normalize(clamped, mask, inputs["score_moments"], self.args.std_floor)
+            inputs["advantages"] = self._mix(advantages, inputs["reward_advantages"], inputs)
         return super()._adapt_loss_inputs(logps, inputs)
 
     def _save_state(self, folder):
