@@ -119,6 +119,14 @@ class GNDPOConfig(ExtendedGRPOConfig):
         std_floor (`float`, *optional*, defaults to `0.0`):
             Lower bound, in nats, of the standard deviation that the scores are divided by. A positive value keeps
             rounding noise from being blown up to unit variance once the student has become its teacher.
+        extrapolation (`float`, *optional*, defaults to `1.0`):
+            Weight λ of the teacher's lead over the student before training, in the scores of G-OPD:
+            `λ (log π_teacher - log π_ref) - (log π_student - log π_ref)`. 1 is the plain score, which needs no reference;
+            above 1 the student is led beyond its teacher. The reference is TRL's with `beta`, else a copy of the student
+            or, for a PEFT student, what lies under its adapters.
+        score_discount (`float`, *optional*, defaults to `0.0`):
+            Discount γ of the clamped scores of later tokens, which are added to those of a token before they are
+            normalized. 0 is the paper: each token for itself. 1 adds up all that follow.
         distillation_coef (`float`, *optional*, defaults to `1.0`):
             Weight of the teacher's advantages beside those of the rewards.
         reward_coef (`float`, *optional*, defaults to `0.0`):
@@ -264,6 +272,22 @@ class GNDPOConfig(ExtendedGRPOConfig):
             "keeps rounding noise from being blown up to unit variance once the student has become its teacher."
         },
     )
+    extrapolation: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight λ of the teacher's lead over the student before training, in the scores of G-OPD: `λ (log "
+            "π_teacher - log π_ref) - (log π_student - log π_ref)`. 1 is the plain score, which needs no reference; above "
+            "1 the student is led beyond its teacher. The reference is TRL's with `beta`, else a copy of the student or, "
+            "for a PEFT student, what lies under its adapters."
+        },
+    )
+    score_discount: float = field(
+        default=0.0,
+        metadata={
+            "help": "Discount γ of the clamped scores of later tokens, which are added to those of a token before they "
+            "are normalized. 0 is the paper: each token for itself. 1 adds up all that follow."
+        },
+    )
     distillation_coef: float = field(
         default=1.0,
         metadata={"help": "Weight of the teacher's advantages beside those of the rewards."},
@@ -354,6 +378,16 @@ class GNDPOConfig(ExtendedGRPOConfig):
             raise ValueError(
                 f"`std_floor` is {self.std_floor}, but it is a lower bound of a standard deviation. Use 0.0 for the "
                 "reference's behaviour, or a positive number of nats."
+            )
+        if not 0 < self.extrapolation < float("inf"):
+            raise ValueError(
+                f"`extrapolation` is {self.extrapolation}, but it weighs what the teacher adds to the student's beginning. "
+                "Use 1.0 for the plain score, or another positive number."
+            )
+        if not 0 <= self.score_discount <= 1:
+            raise ValueError(
+                f"`score_discount` is {self.score_discount}, but it is the weight of the next token's score. Give a number "
+                "from 0, the paper's, to 1."
             )
         for name in ("distillation_coef", "reward_coef"):
             if not 0 <= getattr(self, name) < float("inf"):

@@ -30,6 +30,7 @@ from .grpo.trl_hooks import get_config_model_id
 from .grpo.vllm import check_sampling_logps
 from .objective.advantages import clamp_scores, normalize, population_moments, token_scores
 from .objective.mixture import mix_advantages
+from .objective.scores import discounted_scores, extrapolated_scores
 from .teacher_logs import TeacherLogsMixin
 from .teachers import InitialStudent, LocalTeacher, RoutedTeacher, SelfTeacher, Teacher
 from .teachers.compatibility import describe
@@ -88,7 +89,7 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
     _generation_arguments = (
         *ExtendedGRPOTrainer._generation_arguments,
         *("score_clip", "advantage_normalization", "std_floor", "use_sampling_logps", "teacher_weights"),
-        *("distillation_coef", "reward_coef"),
+        *("distillation_coef", "reward_coef", "extrapolation", "score_discount"),
     )
     _tag_names = ["trl", "gndpo"]
     _name = "GNDPO"
@@ -136,10 +137,13 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
         check_arguments(args, rollout_func, teacher_model)
         student = Student(model, processing_class, is_peft=peft_config is not None or isinstance(model, PeftModel))
         self.teacher = get_teacher(teacher_model, teacher_processing_class, args, student)
+        self.reference = get_reference(self.teacher, args, student)
         model_kwargs = args.model_init_kwargs or {}
         revision = model_kwargs.get("revision")
         trust_remote_code = model_kwargs.get("trust_remote_code", args.trust_remote_code)
-        self.teacher.check(describe("model", model, processing_class, revision, trust_remote_code))
+        description = describe("model", model, processing_class, revision, trust_remote_code)
+        for scorer in self._scorers():
+            scorer.check(description)
 
         super().__init__(
             model=model,
@@ -162,9 +166,10 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
                 f"`reward_coef` is {args.reward_coef}, but there is no reward. Pass `reward_funcs`, or leave it at 0."
             )
         self._teacher_prompts = self._get_teacher_prompts()
-        self.teacher.prepare(self.model, self.accelerator, self._per_token_logps)
-        for callback in self.teacher.callbacks():
-            self.add_callback(callback)
+        for scorer in self._scorers():
+            scorer.prepare(self.model, self.accelerator, self._per_token_logps)
+            for callback in scorer.callbacks():
+                self.add_callback(callback)
         vocab_size = self.model.config.get_text_config().vocab_size
         if self.teacher.vocab_size is not None and self.teacher.vocab_size < vocab_size and not self.use_vllm:
             # The student's vocabulary is padded further than the teacher's; the rows beyond are no tokens.
@@ -189,8 +194,8 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
 
         # Scores in nats, clamped; vLLM has no log-prob for some tokens, which then enter no statistics.
         mask = valid_tokens(rollout) & student_logps.isfinite()
-        scores = token_scores(teacher_logps, student_logps, mask)
-        clamped = clamp_scores(scores, mask, self.args.score_clip)
+        reference_logps = self._reference_logps(rollout, inputs, seconds)
+        scores, clamped = self._scores(teacher_logps, student_logps, reference_logps, mask)
 
         teachers = None
         if self.teacher.names:
@@ -211,12 +216,16 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
         reward_advantages = rollout["advantages"]
         if self._uses_sampling_logps():  # these are estimates for the logs then; the loss makes its own
             rollout["teacher_per_token_logps"], rollout["score_moments"] = teacher_logps, moments
-            rollout["reward_advantages"] = reward_advantages
+            rollout["reward_advantages"], rollout["reference_logps"] = reward_advantages, reference_logps
         rollout["advantages"] = self._mix(advantages, reward_advantages, rollout)
 
         logps = (teacher_logps, student_logps)
         self._log_teacher(mode, rollout, seconds, scores, logps, undefined, unknown, mask, teachers)
         return rollout
+
+    def _scorers(self) -> list[Teacher]:
+        is_another = self.reference is not None and self.reference is not self.teacher
+        return [self.teacher, self.reference] if is_another else [self.teacher]
 
     def _get_teacher_prompts(self) -> TeacherPrompts:
         own_kwargs = self.args.teacher_chat_template_kwargs
@@ -267,6 +276,33 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
         check_finite("student", logps, rollout, valid_tokens(rollout), self._tokenizer)
         return logps
 
+    def _reference_logps(
+        self, rollout: dict[str, Any], rows: list[dict[str, Any]], seconds: dict[str, float]
+    ) -> torch.Tensor | None:
+        """Log-probs `(B, T)` of the sampled tokens under the student before training, if scores need them."""
+        if self.reference is None:
+            return rollout["ref_per_token_logps"] if self.args.extrapolation != 1.0 else None
+        with self._timer(seconds, "time/reference_scoring"), torch.no_grad():
+            return self.reference.per_token_logps({**rollout, "rows": rows})
+
+    def _scores(
+        self,
+        teacher_logps: torch.Tensor,
+        student_logps: torch.Tensor,
+        reference_logps: torch.Tensor | None,
+        mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raw scores `(B, T)` in nats, and what is whitened: each clamped, with what follows it."""
+        args = self.args
+        if reference_logps is None:
+            scores = token_scores(teacher_logps, student_logps, mask)
+        else:
+            scores = extrapolated_scores(teacher_logps, student_logps, reference_logps, mask, args.extrapolation)
+        clamped = clamp_scores(scores, mask, args.score_clip)
+        if args.score_discount != 0:
+            clamped = discounted_scores(clamped, args.score_discount).masked_fill(~mask, 0.0)
+        return scores, clamped
+
     def _mix(self, advantages: torch.Tensor, rewards: torch.Tensor, rollout: dict[str, Any]) -> torch.Tensor:
         args = self.args
         return mix_advantages(advantages, rewards, valid_tokens(rollout), args.distillation_coef, args.reward_coef)
@@ -276,8 +312,8 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
             mask = valid_tokens(inputs)
             check_finite("student", logps, inputs, mask, self._tokenizer)
             self._watch_sampling_logps(inputs, logps.detach())
-            scores = token_scores(inputs["teacher_per_token_logps"], logps, mask)
-            clamped = clamp_scores(scores, mask, self.args.score_clip)
+            reference_logps = inputs["reference_logps"]
+            _, clamped = self._scores(inputs["teacher_per_token_logps"], logps.detach(), reference_logps, mask)
             advantages, _ = normalize(clamped, mask, inputs["score_moments"], self.args.std_floor)
             inputs["advantages"] = self._mix(advantages, inputs["reward_advantages"], inputs)
         return super()._adapt_loss_inputs(logps, inputs)
@@ -412,6 +448,28 @@ def get_self_teacher(
     return SelfTeacher(
         args.teacher_weights, args.teacher_ema_decay, args.teacher_sync_steps, offload=args.teacher_offload
     )
+
+
+def get_reference(teacher: Teacher, args: GNDPOConfig, student: Student) -> Teacher | None:
+    """
+    The student before training, for scores that need its log-probs; `None` where TRL's reference model has them.
+
+    Raises:
+        `ValueError`: as [`get_self_teacher`].
+    """
+    if args.extrapolation == 1.0 or args.beta != 0.0:
+        return None
+    if isinstance(teacher, InitialStudent) or (isinstance(teacher, SelfTeacher) and teacher.weights == "initial"):
+        return teacher
+    if not student.is_peft:
+        return get_initial_student(args, student)
+    if args.temperature != 1.0:
+        raise ValueError(
+            f"`temperature` is {args.temperature}, but with `extrapolation` ({args.extrapolation}) the base under the "
+            "adapters is scored through the student's own LM head, and the scale is that of temperature 1. Set "
+            "`temperature` to 1.0."
+        )
+    return SelfTeacher("initial")
 
 
 def get_initial_student(args: GNDPOConfig, student: Student) -> InitialStudent:

@@ -200,8 +200,9 @@ def test_a_student_that_reads_the_same_prompt_is_refused(make_trainer, make_self
             with pytest.raises(ValueError, match=message):
                 make_self(weights, {"train_dataset": dataset})
     stream = IterableDataset.from_generator(lambda: iter(text_dataset))
-    with pytest.raises(ValueError, match=message):
-        make_self("live", {"train_dataset": stream}).train()
+    for weights in ("initial", "live"):
+        with pytest.raises(ValueError, match=message):
+            make_self(weights, {"train_dataset": stream}).train()
 
 
 def test_options_without_a_meaning_are_refused(make_trainer, make_self, checkpoints):

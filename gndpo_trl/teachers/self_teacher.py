@@ -23,7 +23,35 @@ from .weights import free_gathered, piece, piece_of, whole
 STATE = "teacher.safetensors"
 
 
-class SelfTeacher(Teacher):
+class NeedsPrompts(Teacher):
+    """A teacher that has nothing to teach where it reads what the student reads."""
+
+    looks_at_rows = False  # in a stream of data, whose columns are not known before
+
+    def check_data(self, field: str, dataset: Any) -> None:
+        if field != "train_dataset":
+            return
+        columns = getattr(dataset, "column_names", None)
+        self.looks_at_rows = columns is None
+        has_prompts = columns is None or "teacher_prompt" in columns
+        if has_prompts and isinstance(dataset, Dataset):
+            has_prompts = rows_with_values(dataset, "teacher_prompt").any()
+        if not has_prompts:
+            self._refuse(columns)
+
+    def check_rows(self, rows: list[dict[str, Any]]) -> None:
+        if self.looks_at_rows and not any("teacher_prompt" in row for row in rows):
+            self._refuse(sorted(rows[0]))
+
+    def _refuse(self, columns: list[str]) -> None:
+        raise ValueError(
+            f'`teacher_model` is "self", but no row of `train_dataset` has a `teacher_prompt` (columns: {columns}). A model '
+            "that reads what the student reads has nothing to teach it. Add the column, with what the teacher knows beside "
+            "the question, or name another model."
+        )
+
+
+class SelfTeacher(NeedsPrompts):
     """
     The student's own model, with other weights than those in training, as the teacher of a prompt of its own.
 
@@ -51,9 +79,6 @@ class SelfTeacher(Teacher):
 
     def check(self, student: ModelDescription) -> None:
         self.tokenizer = student.tokenizer
-
-    def check_data(self, field: str, dataset: Any) -> None:
-        check_own_prompts(field, dataset)
 
     def prepare(self, student: PreTrainedModel, accelerator: Accelerator, score: Score) -> None:
         plugin = getattr(accelerator.state, "fsdp_plugin", None)
@@ -85,8 +110,7 @@ class SelfTeacher(Teacher):
 
     def per_token_logps(self, rollout: dict[str, Any]) -> torch.Tensor:
         """Log-probs of the sampled tokens, see [`Teacher`]; finite on every valid token, or `ValueError`."""
-        if self.student.training and not any("teacher_prompt" in row for row in rollout["rows"]):
-            raise_on_missing_prompts("train_dataset", sorted(rollout["rows"][0]))
+        self.check_rows(rollout["rows"])
         with self._teaching():
             logps = self.score(self.student, rollout)
         check_finite("teacher", logps, rollout, valid_tokens(rollout), self.tokenizer)
@@ -155,28 +179,9 @@ class SelfTeacher(Teacher):
         free_gathered(self.student)
 
 
-class InitialStudent(LocalTeacher):
+class InitialStudent(NeedsPrompts, LocalTeacher):
     """The student as it is before training, in a model of its own, as the teacher of a prompt of its own."""
 
-    def check_data(self, field: str, dataset: Any) -> None:
-        check_own_prompts(field, dataset)
-
-
-def check_own_prompts(field: str, dataset: Any) -> None:
-    """Raise `ValueError` if a teacher that is the student would read the student's prompt in all rows of the training."""
-    columns = getattr(dataset, "column_names", None)
-    if field != "train_dataset" or columns is None:
-        return
-    has_prompts = "teacher_prompt" in columns
-    if has_prompts and isinstance(dataset, Dataset):
-        has_prompts = rows_with_values(dataset, "teacher_prompt").any()
-    if not has_prompts:
-        raise_on_missing_prompts(field, columns)
-
-
-def raise_on_missing_prompts(field: str, columns: list[str]) -> None:
-    raise ValueError(
-        f'`teacher_model` is "self", but no row of `{field}` has a `teacher_prompt` (columns: {columns}). A model that '
-        "reads what the student reads has nothing to teach it. Add the column, with what the teacher knows beside the "
-        "question, or name another model."
-    )
+    def per_token_logps(self, rollout: dict[str, Any]) -> torch.Tensor:
+        self.check_rows(rollout["rows"])
+        return super().per_token_logps(rollout)
