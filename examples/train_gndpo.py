@@ -57,7 +57,7 @@ class GNDPOScriptArguments(ScriptArguments):
             `"gndpo"`, `"opd"` (GNDPO without the whitening) or `"gspo"` (no teacher, the rewards are trained for). If
             unset, it is `"gspo"` where there are rewards and no teacher, else `"gndpo"`.
         reward_funcs (`list[str]`, *optional*):
-            Rewards. GSPO trains for them; under GNDPO and OPD they are monitored and do not touch the advantages. One
+            Rewards. GSPO trains for them; under GNDPO and OPD they are monitored, unless `reward_coef` is set. One
             of `accuracy_reward`, `boxed_accuracy_reward`, `reasoning_accuracy_reward` and `think_format_reward`, or
             dotted import paths, looked up from the working directory (`my_rewards.exact_match`).
     """
@@ -72,8 +72,8 @@ class GNDPOScriptArguments(ScriptArguments):
     reward_funcs: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Rewards. GSPO trains for them; under GNDPO and OPD they are monitored and do not touch the "
-            "advantages. One of `accuracy_reward`, `boxed_accuracy_reward`, `reasoning_accuracy_reward` and "
+            "help": "Rewards. GSPO trains for them; under GNDPO and OPD they are monitored, unless `reward_coef` is set. "
+            "One of `accuracy_reward`, `boxed_accuracy_reward`, `reasoning_accuracy_reward` and "
             "`think_format_reward`, or dotted import paths, looked up from the working directory "
             "(`my_rewards.exact_match`)."
         },

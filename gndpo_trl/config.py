@@ -9,6 +9,8 @@ from .grpo.config import ExtendedGRPOConfig
 from .objective.advantages import ADVANTAGE_NORMALIZATIONS
 
 
+# What `teacher_weights` may be; the docstring says what each means.
+TEACHER_WEIGHTS = ("initial", "ema", "periodic", "live")
 SCORE_BASELINES = ("expected",)
 ESTIMATORS = ("sampled", "exact")
 
@@ -55,7 +57,8 @@ class GNDPOConfig(ExtendedGRPOConfig):
         > Parameters that control the teacher
 
         teacher_model_name_or_path (`str`, *optional*):
-            Model id on the Hub or path of the teacher. Leave it unset if `teacher_model` is passed to the trainer. With
+            Model id on the Hub or path of the teacher, or `"self"`: the student teaches itself, from the column
+            `teacher_prompt` of the data. Leave it unset if `teacher_model` is passed to the trainer. With
             `teacher_server_url`, only its tokenizer is loaded, to be compared with the student's.
         teacher_model_revision (`str`, *optional*):
             Revision of the teacher on the Hub: a branch, a tag or a commit. Also used for its processing class.
@@ -71,6 +74,17 @@ class GNDPOConfig(ExtendedGRPOConfig):
         teacher_server_timeout (`float`, *optional*, defaults to `600.0`):
             Seconds after which a request to the teacher's servers has failed, tries included. The run then ends with a
             checkpoint.
+        teacher_chat_template_kwargs (`str` or `dict[str, Any]`, *optional*):
+            Keyword arguments for the chat template where it renders the column `teacher_prompt`, over those of
+            `chat_template_kwargs`. The answer has to begin at the same point of the template for both.
+        teacher_weights (`str`, *optional*, defaults to `"initial"`):
+            Weights of a teacher that is the student itself. `"initial"`: those that training starts from, in a model of
+            their own, or for a PEFT student those under its adapters, without a second copy. `"ema"`: the exponential
+            moving average of the student's. `"periodic"`: a copy of them from time to time. `"live"`: those in training.
+        teacher_ema_decay (`float`, *optional*, defaults to `0.999`):
+            Share of the average that every optimizer step leaves, for `teacher_weights="ema"`.
+        teacher_sync_steps (`int`, *optional*, defaults to `50`):
+            Number of optimizer steps between two copies, for `teacher_weights="periodic"`.
 
         > Parameters that control the evaluation
 
@@ -112,10 +126,24 @@ class GNDPOConfig(ExtendedGRPOConfig):
             Population over which the clamped scores are whitened. `"global"`: all valid tokens of the generation
             batch, on all ranks and in all accumulation steps (GNDPO). `"none"`: no whitening, the clamped scores are
             the advantages (on-policy distillation). `"group"`: the tokens of the completions of the same prompt.
-            `"sequence"`: the tokens of the same completion.
+            `"sequence"`: the tokens of the same completion. `"teacher"`: the tokens that the same one of several
+            teachers scored, since teachers differ in scale.
         std_floor (`float`, *optional*, defaults to `0.0`):
             Lower bound, in nats, of the standard deviation that the scores are divided by. A positive value keeps
             rounding noise from being blown up to unit variance once the student has become its teacher.
+        extrapolation (`float`, *optional*, defaults to `1.0`):
+            Weight λ of the teacher's lead over the student before training, in the scores of G-OPD:
+            `λ (log π_teacher - log π_ref) - (log π_student - log π_ref)`. 1 is the plain score, which needs no reference;
+            above 1 the student is led beyond its teacher. The reference is TRL's with `beta`, else a copy of the student
+            or, for a PEFT student, what lies under its adapters.
+        score_discount (`float`, *optional*, defaults to `0.0`):
+            Discount γ of the clamped scores of later tokens, which are added to those of a token before they are
+            normalized. 0 is the paper: each token for itself. 1 adds up all that follow.
+        distillation_coef (`float`, *optional*, defaults to `1.0`):
+            Weight of the teacher's advantages beside those of the rewards.
+        reward_coef (`float`, *optional*, defaults to `0.0`):
+            Weight of the advantages that GRPO makes of the rewards, the same for all tokens of a completion. At 0 the
+            rewards are only logged.
 
         score_baseline (`str`, *optional*):
             What is subtracted from a clamped score before it is normalized. `"expected"`: the expected clamped score of
@@ -168,14 +196,15 @@ class GNDPOConfig(ExtendedGRPOConfig):
     > `learning_rate=1e-6`, `max_grad_norm=1.0`, `temperature=1.0`, `top_p=1.0`.
     """
 
-    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs"]
+    _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs", "teacher_chat_template_kwargs"]
 
     # Parameters that control the teacher
     teacher_model_name_or_path: str | None = field(
         default=None,
         metadata={
-            "help": "Model id on the Hub or path of the teacher. Leave it unset if `teacher_model` is passed to the "
-            "trainer. With `teacher_server_url`, only its tokenizer is loaded, to be compared with the student's."
+            "help": 'Model id on the Hub or path of the teacher, or `"self"`: the student teaches itself, from the '
+            "column `teacher_prompt` of the data. Leave it unset if `teacher_model` is passed to the trainer. With "
+            "`teacher_server_url`, only its tokenizer is loaded, to be compared with the student's."
         },
     )
     teacher_model_revision: str | None = field(
@@ -215,6 +244,33 @@ class GNDPOConfig(ExtendedGRPOConfig):
             "ends with a checkpoint."
         },
     )
+    teacher_chat_template_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Keyword arguments for the chat template where it renders the column `teacher_prompt`, over those "
+            "of `chat_template_kwargs`. The answer has to begin at the same point of the template for both."
+        },
+    )
+    teacher_weights: str = field(
+        default="initial",
+        metadata={
+            "help": 'Weights of a teacher that is the student itself. `"initial"`: those that training starts from, in '
+            "a model of their own, or for a PEFT student those under its adapters, without a second copy. "
+            '`"ema"`: the exponential moving average of the student\'s. `"periodic"`: a copy of them from time to '
+            'time. `"live"`: those in training.',
+            "choices": list(TEACHER_WEIGHTS),
+        },
+    )
+    teacher_ema_decay: float = field(
+        default=0.999,
+        metadata={
+            "help": 'Share of the average that every optimizer step leaves, for `teacher_weights="ema"`.',
+        },
+    )
+    teacher_sync_steps: int = field(
+        default=50,
+        metadata={"help": 'Number of optimizer steps between two copies, for `teacher_weights="periodic"`.'},
+    )
 
     # Parameters that control scoring
     use_sampling_logps: bool = field(
@@ -241,7 +297,8 @@ class GNDPOConfig(ExtendedGRPOConfig):
             "help": 'Population over which the clamped scores are whitened. `"global"`: all valid tokens of the '
             'generation batch, on all ranks and in all accumulation steps (GNDPO). `"none"`: no whitening, the '
             'clamped scores are the advantages (on-policy distillation). `"group"`: the tokens of the completions '
-            'of the same prompt. `"sequence"`: the tokens of the same completion.',
+            'of the same prompt. `"sequence"`: the tokens of the same completion. `"teacher"`: the tokens that the '
+            "same one of several teachers scored, since teachers differ in scale.",
             "choices": list(ADVANTAGE_NORMALIZATIONS),
         },
     )
@@ -250,6 +307,33 @@ class GNDPOConfig(ExtendedGRPOConfig):
         metadata={
             "help": "Lower bound, in nats, of the standard deviation that the scores are divided by. A positive value "
             "keeps rounding noise from being blown up to unit variance once the student has become its teacher."
+        },
+    )
+    extrapolation: float = field(
+        default=1.0,
+        metadata={
+            "help": "Weight λ of the teacher's lead over the student before training, in the scores of G-OPD: `λ (log "
+            "π_teacher - log π_ref) - (log π_student - log π_ref)`. 1 is the plain score, which needs no reference; above "
+            "1 the student is led beyond its teacher. The reference is TRL's with `beta`, else a copy of the student or, "
+            "for a PEFT student, what lies under its adapters."
+        },
+    )
+    score_discount: float = field(
+        default=0.0,
+        metadata={
+            "help": "Discount γ of the clamped scores of later tokens, which are added to those of a token before they "
+            "are normalized. 0 is the paper: each token for itself. 1 adds up all that follow."
+        },
+    )
+    distillation_coef: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the teacher's advantages beside those of the rewards."},
+    )
+    reward_coef: float = field(
+        default=0.0,
+        metadata={
+            "help": "Weight of the advantages that GRPO makes of the rewards, the same for all tokens of a completion. "
+            "At 0 the rewards are only logged."
         },
     )
 
@@ -333,12 +417,52 @@ class GNDPOConfig(ExtendedGRPOConfig):
                 f"`advantage_normalization` is {self.advantage_normalization!r}. Choose one of "
                 f"{', '.join(map(repr, ADVANTAGE_NORMALIZATIONS))}."
             )
+        if self.teacher_weights not in TEACHER_WEIGHTS:
+            raise ValueError(
+                f"`teacher_weights` is {self.teacher_weights!r}. Choose one of {', '.join(map(repr, TEACHER_WEIGHTS))}."
+            )
+        if not 0 <= self.teacher_ema_decay < 1:
+            raise ValueError(
+                f"`teacher_ema_decay` is {self.teacher_ema_decay}, but it is the share of the average that a step leaves: "
+                "give a number from 0 up to, but not including, 1. A teacher that never moves is "
+                '`teacher_weights="initial"`.'
+            )
+        if self.teacher_sync_steps < 1:
+            raise ValueError(
+                f"`teacher_sync_steps` is {self.teacher_sync_steps}, but it is a number of optimizer steps. Give a "
+                'positive one; a teacher that never moves is `teacher_weights="initial"`.'
+            )
         check_loss_and_level(self.loss_type, self.importance_sampling_level)
         self._check_expectations()
         if not self.std_floor >= 0:
             raise ValueError(
                 f"`std_floor` is {self.std_floor}, but it is a lower bound of a standard deviation. Use 0.0 for the "
                 "reference's behaviour, or a positive number of nats."
+            )
+        if not 0 < self.extrapolation < float("inf"):
+            raise ValueError(
+                f"`extrapolation` is {self.extrapolation}, but it weighs what the teacher adds to the student's beginning. "
+                "Use 1.0 for the plain score, or another positive number."
+            )
+        if not 0 <= self.score_discount <= 1:
+            raise ValueError(
+                f"`score_discount` is {self.score_discount}, but it is the weight of the next token's score. Give a number "
+                "from 0, the paper's, to 1."
+            )
+        for name in ("distillation_coef", "reward_coef"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"`{name}` is {getattr(self, name)}, but it weighs one of two parts of the advantages. Give a number "
+                    "from 0 on."
+                )
+        if self.distillation_coef == self.reward_coef == 0:
+            raise ValueError(
+                "`distillation_coef` and `reward_coef` are both 0, so that nothing would be learned. Raise one of them."
+            )
+        if self.reward_coef != 0 and self.num_generations == 1:
+            raise ValueError(
+                f"`reward_coef` is {self.reward_coef}, but `num_generations` is 1: a reward is compared with those of other "
+                "completions of its prompt. Raise `num_generations`, or leave `reward_coef` at 0."
             )
         if self.importance_sampling_level == "sequence":
             raise ValueError(
@@ -398,10 +522,17 @@ class GNDPOConfig(ExtendedGRPOConfig):
             reasons = {
                 "use_sampling_logps": (self.use_sampling_logps, "the sampler says nothing about the other tokens"),
                 "torch_compile": (self.torch_compile, "a compiled model does not hand out its hidden states"),
+                "extrapolation": (self.extrapolation != 1.0, "the reference's distribution is not looked at"),
+                "score_discount": (
+                    self.score_discount != 0.0,
+                    "what follows a token is known of the sampled one only",
+                ),
             }
             if self.estimator == "exact":
                 asked = 'estimator="exact"'
                 reasons |= {
+                    "reward_coef": (self.reward_coef != 0, "a reward belongs to the sampled tokens"),
+                    "distillation_coef": (self.distillation_coef != 1.0, "there is nothing to weigh it against"),
                     "beta": (self.beta != 0, "the KL divergence to the reference model is that of sampled tokens"),
                     "importance_sampling_level": (
                         self.importance_sampling_level == "token",

@@ -17,6 +17,10 @@ def teacher_score(completions: list, **kwargs) -> list[float]:
     return [0.0] * len(completions)
 
 
+# What is logged of each of several teachers, as `teacher/{its name}/{metric}`.
+METRICS_PER_TEACHER = ("score/mean", "score/std", "reverse_kl", "advantages/std", "advantages/num_tokens")
+
+
 class TeacherLogsMixin(RewardStandInMixin):
     """Logs of a trainer that scores tokens: `score/...`, `reverse_kl` and the rest of [`score_metrics`]."""
 
@@ -43,6 +47,7 @@ class TeacherLogsMixin(RewardStandInMixin):
         undefined: torch.Tensor,
         unknown: torch.Tensor,
         mask: torch.Tensor,
+        teachers: torch.Tensor | None,
     ) -> None:
         """
         Log one generation batch, on all ranks together.
@@ -56,13 +61,32 @@ class TeacherLogsMixin(RewardStandInMixin):
             undefined (`torch.Tensor` of shape `(B,)`): Completions without defined statistics.
             unknown (`torch.Tensor` of shape `(B, T)`): True on tokens whose log-prob the teacher does not know.
             mask (`torch.Tensor` of shape `(B, T)`): True on valid tokens.
+            teachers (`torch.Tensor` of shape `(B,)` or `None`): Number of each completion's teacher, if there are several.
         """
         advantages = rollout["advantages"]
         is_eos = torch.isin(rollout["completion_ids"], torch.tensor(self.eos_token_ids, device=mask.device))
-        statistics = score_statistics(
-            scores, *logps, advantages, undefined, is_eos, unknown, mask, self.args.score_clip
+        parts = [torch.ones_like(undefined)]  # all completions, and those of each teacher
+        if teachers is not None:
+            parts += [teachers == number for number in range(len(self.teacher.names))]
+        statistics = torch.stack(
+            [
+                score_statistics(
+                    scores,
+                    *logps,
+                    advantages,
+                    undefined & part,
+                    is_eos,
+                    unknown & part.unsqueeze(-1),
+                    mask & part.unsqueeze(-1),
+                    self.args.score_clip,
+                )
+                for part in parts
+            ]
         )
-        metrics = score_metrics(gather(statistics.unsqueeze(0)))
+        of_all, *of_teachers = (score_metrics(ranks) for ranks in gather(statistics.unsqueeze(0)).unbind(1))
+        metrics = dict(of_all)
+        for name, of_teacher in zip(self.teacher.names, of_teachers, strict=True):
+            metrics.update({f"teacher/{name}/{metric}": of_teacher[metric] for metric in METRICS_PER_TEACHER})
         times = gather(torch.tensor([list(seconds.values())], device=mask.device)).amax(0)  # the slowest rank
         metrics.update(zip(seconds, times.tolist(), strict=True))
         for name, value in metrics.items():

@@ -19,6 +19,7 @@ from transformers import (
 
 from .config import GNDPOConfig
 from .expectation import ExpectationMixin, check_teacher, looks_at_vocabulary
+from .grpo.data_checks import by_argument
 from .grpo.launch import check_final_save
 from .grpo.rollouts import check_finite, check_images_were_kept, leave_out, valid_tokens
 from .grpo.sampling import suppress_tokens
@@ -27,9 +28,13 @@ from .grpo.trl_hooks import get_config_model_id
 from .grpo.vllm import check_sampling_logps
 from .objective.advantages import clamp_scores, normalize, population_moments, token_scores
 from .objective.distributions import Comparison
+from .objective.mixture import mix_advantages
+from .objective.scores import discounted_scores, extrapolated_scores
+from .teacher_arguments import Student, get_reference, get_teacher
 from .teacher_logs import TeacherLogsMixin
-from .teachers import LocalTeacher, ServerTeacher, Teacher
+from .teachers import Teacher
 from .teachers.compatibility import describe
+from .teachers.prompts import TeacherPrompts
 
 
 class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
@@ -40,6 +45,9 @@ class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
     The student samples completions; a frozen teacher scores every sampled token; the score, `teacher log-prob - student
     log-prob`, is clamped and whitened over all valid tokens of the generation batch, on all ranks; the result is the
     token-level advantage of TRL's clipped policy-gradient loss. Everything else is [`~trl.GRPOTrainer`].
+
+    The teacher reads the student's prompt, or the column `teacher_prompt` of the data where a row has one, see
+    [`~teachers.prompts.TeacherPrompts`].
 
     Example:
 
@@ -57,18 +65,20 @@ class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
     ```
 
     Args:
-        teacher_model (`str`, `PathLike`, [`~transformers.PreTrainedModel`] or [`~teachers.Teacher`], *optional*):
-            Teacher: a path, a model id, a loaded model, or anything else that scores tokens, see [`~teachers.Teacher`].
-            May be omitted if `args.teacher_model_name_or_path` or `args.teacher_server_url` is set. Image-text students
-            need an image-text teacher.
+        teacher_model (`str`, `PathLike`, [`~transformers.PreTrainedModel`], [`~teachers.Teacher`] or `dict`, *optional*):
+            Teacher: a path, a model id, a loaded model, `"self"` for the student with a prompt of its own
+            (`args.teacher_weights`), or anything else that scores tokens, see [`~teachers.Teacher`]. A dictionary of
+            such teachers has each score the rows whose column `teacher` holds its name. May be omitted if
+            `args.teacher_model_name_or_path` or `args.teacher_server_url` is set. Image-text students need an image-text
+            teacher.
         teacher_processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
             Tokenizer or processor of the teacher, used to check that token ids and images mean the same to both
             models. If `None`, it is loaded from where the teacher came from.
         args ([`GNDPOConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
         reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
-            Reward functions to monitor. They are computed and logged as in [`~trl.GRPOTrainer`] and do not touch the
-            advantages. Without any, the teacher's mean score per completion is logged as the reward.
+            Reward functions. They are computed and logged as in [`~trl.GRPOTrainer`], and touch the advantages only
+            with `args.reward_coef`. Without any, the teacher's mean score per completion is logged as the reward.
 
         All other arguments are those of [`~trl.GRPOTrainer`].
 
@@ -81,6 +91,7 @@ class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
     _generation_arguments = (
         *ExtendedGRPOTrainer._generation_arguments,
         *("score_clip", "advantage_normalization", "std_floor", "use_sampling_logps", "score_baseline", "estimator"),
+        *("teacher_weights", "distillation_coef", "reward_coef", "extrapolation", "score_discount"),
     )
     _tag_names = ["trl", "gndpo"]
     _name = "GNDPO"
@@ -118,20 +129,24 @@ class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
         tools: list[Callable] | None = None,
         rollout_func: Callable | None = None,
         environment_factory: Any = None,
-        teacher_model: str | PathLike | PreTrainedModel | Teacher | None = None,
+        teacher_model: str | PathLike | PreTrainedModel | Teacher | dict[str, Any] | None = None,
         teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
     ):
         model = fspath(model) if isinstance(model, PathLike) else model
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GNDPOConfig(f"{model_name.split('/')[-1]}-GNDPO")
-        check_arguments(args, rollout_func)
-        self.teacher = get_teacher(teacher_model, teacher_processing_class, args)
+        check_arguments(args, rollout_func, teacher_model)
+        student = Student(model, processing_class, is_peft=peft_config is not None or isinstance(model, PeftModel))
+        self.teacher = get_teacher(teacher_model, teacher_processing_class, args, student)
         check_teacher(self.teacher, args)
+        self.reference = get_reference(self.teacher, args, student)
         model_kwargs = args.model_init_kwargs or {}
         revision = model_kwargs.get("revision")
         trust_remote_code = model_kwargs.get("trust_remote_code", args.trust_remote_code)
-        self.teacher.check(describe("model", model, processing_class, revision, trust_remote_code))
+        description = describe("model", model, processing_class, revision, trust_remote_code)
+        for scorer in self._scorers():
+            scorer.check(description)
 
         super().__init__(
             model=model,
@@ -149,8 +164,15 @@ class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
             rollout_func=rollout_func,
             environment_factory=environment_factory,
         )
-        self.teacher.prepare(self.model, self.accelerator, self._per_token_logps)
-        self.add_callback(self.teacher)
+        if args.reward_coef != 0 and self.stand_in in self.reward_funcs:
+            raise ValueError(
+                f"`reward_coef` is {args.reward_coef}, but there is no reward. Pass `reward_funcs`, or leave it at 0."
+            )
+        self._teacher_prompts = self._get_teacher_prompts()
+        for scorer in self._scorers():
+            scorer.prepare(self.model, self.accelerator, self._per_token_logps)
+            for callback in scorer.callbacks():
+                self.add_callback(callback)
         vocab_size = self.model.config.get_text_config().vocab_size
         if self.teacher.vocab_size is not None and self.teacher.vocab_size < vocab_size and not self.use_vllm:
             # The student's vocabulary is padded further than the teacher's; the rows beyond are no tokens.
@@ -163,8 +185,8 @@ class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
         check_images_were_kept(rollout, self.max_completion_length)
 
         # The teacher and the student as it sampled, log pi_T and log pi_old of every sampled token.
-        question = {**rollout, "rows": inputs}
         with self._timer(seconds, "time/teacher_scoring"):
+            question = self._teacher_prompts.exchange({**rollout, "rows": inputs})
             self.teacher.start(question)
         comparison = (
             self._compare_distributions(rollout, question, seconds) if looks_at_vocabulary(self.args) else None
@@ -177,12 +199,15 @@ class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
 
         # Scores in nats, clamped; vLLM has no log-prob for some tokens, which then enter no statistics.
         mask = valid_tokens(rollout) & student_logps.isfinite()
-        scores = token_scores(teacher_logps, student_logps, mask)
-        clamped = clamp_scores(scores, mask, self.args.score_clip)
+        reference_logps = self._reference_logps(rollout, inputs, seconds)
+        scores, clamped = self._scores(teacher_logps, student_logps, reference_logps, mask)
         relative, population, variances = clamped, clamped, None
         if comparison is not None:
             relative, population, variances = self._population(clamped, mask, comparison)
 
+        teachers = None
+        if self.teacher.names:
+            teachers = torch.tensor(self.teacher.route(inputs), device=mask.device)
         # Whitened over all valid tokens of the generation batch, on all ranks and in all accumulation steps.
         moments = population_moments(
             population,
@@ -192,17 +217,54 @@ class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
             gather=gather,
             process_index=self.accelerator.process_index,
             variances=variances,
+            teachers=teachers,
+            num_teachers=len(self.teacher.names),
         )
-        rollout["advantages"], undefined = normalize(
-            relative, mask, moments, self.args.std_floor, subtract_mean=self.args.score_baseline is None
-        )
+        has_baseline = self.args.score_baseline is not None
+        advantages, undefined = normalize(relative, mask, moments, self.args.std_floor, subtract_mean=not has_baseline)
+        # TRL has put the advantages of the rewards there, one for each completion.
+        reward_advantages = rollout["advantages"]
         if self._uses_sampling_logps():  # these are estimates for the logs then; the loss makes its own
             rollout["teacher_per_token_logps"] = teacher_logps
+            rollout["reward_advantages"], rollout["reference_logps"] = reward_advantages, reference_logps
         if "teacher_per_token_logps" in rollout or "teacher_hidden_states" in rollout:
             rollout["score_moments"] = moments
+        rollout["advantages"] = self._mix(advantages, reward_advantages, rollout)
 
-        self._log_teacher(mode, rollout, seconds, scores, (teacher_logps, student_logps), undefined, unknown, mask)
+        logps = (teacher_logps, student_logps)
+        self._log_teacher(mode, rollout, seconds, scores, logps, undefined, unknown, mask, teachers)
         return rollout
+
+    def _scorers(self) -> list[Teacher]:
+        is_another = self.reference is not None and self.reference is not self.teacher
+        return [self.teacher, self.reference] if is_another else [self.teacher]
+
+    def _get_teacher_prompts(self) -> TeacherPrompts:
+        own_kwargs = self.args.teacher_chat_template_kwargs
+        prompts = TeacherPrompts(
+            self.processing_class,
+            self.chat_template_kwargs,
+            {**self.chat_template_kwargs, **(own_kwargs or {})},
+            chat_template=self.chat_template,
+            tools=self.tools,
+            pad_to_multiple_of=self.pad_to_multiple_of,
+        )
+        if self.args.remove_unused_columns and self.teacher.names:
+            raise ValueError(
+                "`teacher_model` has several teachers, but `remove_unused_columns` is True, which removes the column "
+                "`teacher` that says whose a row is. Set it to False."
+            )
+        for field, dataset in by_argument(self.train_dataset, self.eval_dataset).items():
+            self.teacher.check_data(field, dataset)
+            has_environments = self.environment_factories is not None
+            prompts.check_dataset(field, dataset, self.args.remove_unused_columns, has_environments)
+        columns = getattr(self.train_dataset, "column_names", None)
+        if own_kwargs is not None and columns is not None and "teacher_prompt" not in columns:
+            raise ValueError(
+                f"`teacher_chat_template_kwargs` is {own_kwargs}, but `train_dataset` has no column `teacher_prompt` that "
+                f"they would render, only {columns}. Add one, or unset them."
+            )
+        return prompts
 
     def _uses_sampling_logps(self) -> bool:
         # Evaluation may sample at another temperature, and a pass more costs little there.
@@ -240,14 +302,46 @@ class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
         check_finite("student", logps, rollout, valid_tokens(rollout), self._tokenizer)
         return logps
 
+    def _reference_logps(
+        self, rollout: dict[str, Any], rows: list[dict[str, Any]], seconds: dict[str, float]
+    ) -> torch.Tensor | None:
+        """Log-probs `(B, T)` of the sampled tokens under the student before training, if scores need them."""
+        if self.reference is None:
+            return rollout["ref_per_token_logps"] if self.args.extrapolation != 1.0 else None
+        with self._timer(seconds, "time/reference_scoring"), torch.no_grad():
+            return self.reference.per_token_logps({**rollout, "rows": rows})
+
+    def _scores(
+        self,
+        teacher_logps: torch.Tensor,
+        student_logps: torch.Tensor,
+        reference_logps: torch.Tensor | None,
+        mask: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Raw scores `(B, T)` in nats, and what is whitened: each clamped, with what follows it."""
+        args = self.args
+        if reference_logps is None:
+            scores = token_scores(teacher_logps, student_logps, mask)
+        else:
+            scores = extrapolated_scores(teacher_logps, student_logps, reference_logps, mask, args.extrapolation)
+        clamped = clamp_scores(scores, mask, args.score_clip)
+        if args.score_discount != 0:
+            clamped = discounted_scores(clamped, args.score_discount).masked_fill(~mask, 0.0)
+        return scores, clamped
+
+    def _mix(self, advantages: torch.Tensor, rewards: torch.Tensor, rollout: dict[str, Any]) -> torch.Tensor:
+        args = self.args
+        return mix_advantages(advantages, rewards, valid_tokens(rollout), args.distillation_coef, args.reward_coef)
+
     def _adapt_loss_inputs(self, logps: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
         if "teacher_per_token_logps" in inputs:  # `use_sampling_logps`: only the statistics are the sampler's
             mask = valid_tokens(inputs)
             check_finite("student", logps, inputs, mask, self._tokenizer)
             self._watch_sampling_logps(inputs, logps.detach())
-            scores = token_scores(inputs["teacher_per_token_logps"], logps, mask)
-            clamped = clamp_scores(scores, mask, self.args.score_clip)
-            inputs["advantages"], _ = normalize(clamped, mask, inputs["score_moments"], self.args.std_floor)
+            reference_logps = inputs["reference_logps"]
+            _, clamped = self._scores(inputs["teacher_per_token_logps"], logps.detach(), reference_logps, mask)
+            advantages, _ = normalize(clamped, mask, inputs["score_moments"], self.args.std_floor)
+            inputs["advantages"] = self._mix(advantages, inputs["reward_advantages"], inputs)
         return super()._adapt_loss_inputs(logps, inputs)
 
     def _save_state(self, folder):
@@ -259,83 +353,7 @@ class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
         self.teacher.load_state(folder)
 
 
-def get_teacher(
-    teacher_model: str | PathLike | PreTrainedModel | Teacher | None,
-    teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
-    args: GNDPOConfig,
-) -> Teacher:
-    """
-    The teacher that the trainer's arguments and the configuration's `teacher_*` fields name.
-
-    Raises:
-        `ValueError`: if none is given, if it is given twice, or if options come with a teacher that has no use for them.
-    """
-    named = {name: getattr(args, name) for name in ("teacher_model_name_or_path", "teacher_server_url")}
-    named = {name: value for name, value in named.items() if value is not None}
-    if teacher_model is None and not named:
-        raise ValueError(
-            "No teacher. Pass `teacher_model` (a path, a model id, a loaded model or a `Teacher`) to the trainer, or set "
-            "`teacher_model_name_or_path` or `teacher_server_url` in the configuration."
-        )
-    if teacher_model is not None and named:
-        raise ValueError(
-            f"The teacher is given twice: `teacher_model` was passed to the trainer and `{next(iter(named))}` is "
-            f"{next(iter(named.values()))!r}. Keep one of them."
-        )
-    if args.teacher_server_url is not None:
-        return get_server_teacher(teacher_processing_class, args)
-    if isinstance(teacher_model, Teacher):
-        options = {
-            "teacher_processing_class": teacher_processing_class,
-            "teacher_model_revision": args.teacher_model_revision,
-            "teacher_model_init_kwargs": args.teacher_model_init_kwargs,
-            "teacher_offload": args.teacher_offload or None,
-        }
-        for name, value in options.items():
-            if value is not None:
-                raise ValueError(
-                    f"`{name}` is set, but `teacher_model` is a {type(teacher_model).__name__}, which decides that "
-                    "itself. Unset it."
-                )
-        return teacher_model
-    return LocalTeacher(
-        args.teacher_model_name_or_path if teacher_model is None else teacher_model,
-        teacher_processing_class,
-        revision=args.teacher_model_revision,
-        init_kwargs=args.teacher_model_init_kwargs,
-        trust_remote_code=args.trust_remote_code,
-        offload=args.teacher_offload,
-        cast_lm_head_to_fp32=args.cast_lm_head_to_fp32,
-    )
-
-
-def get_server_teacher(
-    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None, args: GNDPOConfig
-) -> Teacher:
-    for name in ("teacher_model_init_kwargs", "teacher_offload"):
-        if getattr(args, name):
-            raise ValueError(
-                f"`{name}` is set, but the teacher runs behind `teacher_server_url`, which decides that itself. Unset it."
-            )
-    sampler = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-    teacher = ServerTeacher(
-        args.teacher_server_url,
-        processing_class,
-        model=args.teacher_model_name_or_path,
-        revision=args.teacher_model_revision,
-        trust_remote_code=args.trust_remote_code,
-        max_completion_length=args.max_completion_length,
-        timeout=args.teacher_server_timeout,
-    )
-    if args.use_vllm and args.vllm_mode == "server" and sampler.rstrip("/") in teacher.urls:
-        raise ValueError(
-            f"`teacher_server_url` has {sampler!r}, where the student is sampled from: it gets the student's weights, so "
-            "the student would be its own teacher. Serve the teacher at another URL."
-        )
-    return teacher
-
-
-def check_arguments(args: GNDPOConfig, rollout_func: Callable | None) -> None:
+def check_arguments(args: GNDPOConfig, rollout_func: Callable | None, teacher_model: Any) -> None:
     """Raise before anything is loaded where the trainer's arguments cannot be meant so."""
     if not isinstance(args, GNDPOConfig):
         raise TypeError(
@@ -344,6 +362,12 @@ def check_arguments(args: GNDPOConfig, rollout_func: Callable | None) -> None:
         )
     if args.save_strategy != "no":
         check_final_save(args)
+    is_one = not isinstance(teacher_model, dict) and not getattr(teacher_model, "names", ())
+    if args.advantage_normalization == "teacher" and is_one:
+        raise ValueError(
+            '`advantage_normalization` is "teacher", but there is one teacher only, for which that is "global". Set that, '
+            "or pass several teachers as a dictionary."
+        )
     if args.use_sampling_logps and not args.use_vllm and rollout_func is None:
         raise ValueError(
             "`use_sampling_logps` is True, but transformers' generation returns no log-probs. Set `use_vllm=True`, "

@@ -369,6 +369,32 @@ def test_a_student_that_believes_in_ids_the_teacher_does_not_have(make_trainer, 
         make_trainer(model=path, score_baseline="expected").train()
 
 
+@pytest.mark.parametrize("options", BOTH.values(), ids=BOTH)
+def test_a_teacher_with_a_prompt_of_its_own(make_trainer, text_dataset, options):
+    """The student as it was, from a longer prompt: distributions of the same completions after different prompts."""
+    prompts = [[{"role": "user", "content": f"one plus two ? {row['prompt'][0]['content']}"}] for row in text_dataset]
+    trainer = make_trainer(
+        trainer_options={"train_dataset": text_dataset.add_column("teacher_prompt", prompts)},
+        teacher_model="self",
+        per_device_train_batch_size=8,
+        **options,
+    )
+    rollout = make_rollout(trainer)
+    rows = [trainer.train_dataset[row // 2] for row in range(8)]
+    question = trainer._teacher_prompts.exchange({**rollout, "rows": rows})
+    comparison = trainer._compare_distributions(dict(rollout), question, {})
+    ours, theirs = (
+        all_log_probs(double(trainer.model), rollout),
+        all_log_probs(double(trainer.teacher.model), question),
+    )
+    scores = (theirs - ours).clamp(-5, 5)
+    assert scores.abs().max() > 0.01
+    expected = (ours.exp() * scores).sum(-1) * rollout["completion_mask"]
+    torch.testing.assert_close(comparison.mean.double(), expected, rtol=0, atol=1e-5)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
 class Uniform(Teacher):
     def per_token_logps(self, rollout):
         return torch.full(rollout["completion_ids"].shape, -3.0)
@@ -379,6 +405,8 @@ def test_teachers_without_a_distribution_are_refused(make_trainer, options, fiel
     make_trainer(teacher_model=Uniform())
     with pytest.raises(ValueError, match=rf"`{field}` is .*Uniform only knows the sampled tokens"):
         make_trainer(teacher_model=Uniform(), **options)
+    with pytest.raises(ValueError, match=rf"`{field}` is .*SelfTeacher only knows the sampled tokens"):
+        make_trainer(teacher_model="self", teacher_weights="ema", **options)
 
 
 @pytest.mark.parametrize(
@@ -392,6 +420,10 @@ def test_teachers_without_a_distribution_are_refused(make_trainer, options, fiel
         (BOTH["exact"] | {"off_policy_mask_threshold": 0.5}, "`off_policy_mask_threshold` is 0.5"),
         (BOTH["baseline"] | {"use_sampling_logps": True, "use_vllm": True}, "`use_sampling_logps` is True"),
         (BOTH["baseline"] | {"torch_compile": True}, "`torch_compile` is True"),
+        (BOTH["baseline"] | {"extrapolation": 1.2}, "`extrapolation` is 1.2, which does not go with"),
+        (BOTH["baseline"] | {"score_discount": 0.5}, "`score_discount` is 0.5, which does not go with"),
+        (BOTH["exact"] | {"reward_coef": 1.0}, "`reward_coef` is 1.0, which does not go with"),
+        (BOTH["exact"] | {"distillation_coef": 0.5}, "`distillation_coef` is 0.5, which does not go with"),
     ],
 )
 def test_options_that_do_not_go_together(make_config, options, message):

@@ -36,18 +36,23 @@ def check_datasets(
     Raises:
         `ValueError`: naming the data set, what is wrong, and the remedy.
     """
-    datasets = {"train_dataset": train_dataset}
-    if isinstance(eval_dataset, dict):
-        datasets.update({f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()})
-    else:
-        datasets["eval_dataset"] = eval_dataset
-    for field, dataset in datasets.items():
+    for field, dataset in by_argument(train_dataset, eval_dataset).items():
         columns = getattr(dataset, "column_names", None)
         if isinstance(dataset, Dataset | IterableDataset) and columns is not None:
             check_columns(field, columns, reward_funcs, brings_columns)
         if isinstance(dataset, Dataset):
             check_size(field, len(dataset), args)
             check_image_column(field, dataset)
+
+
+def by_argument(train_dataset: Any, eval_dataset: Any) -> dict[str, Any]:
+    """The data sets of a run by the argument that they were passed as, for error messages."""
+    datasets = {"train_dataset": train_dataset}
+    if isinstance(eval_dataset, dict):
+        datasets.update({f"eval_dataset[{name!r}]": dataset for name, dataset in eval_dataset.items()})
+    else:
+        datasets["eval_dataset"] = eval_dataset
+    return datasets
 
 
 def check_columns(field: str, columns: list[str], reward_funcs: Any, brings_columns: bool) -> None:
@@ -118,12 +123,16 @@ def check_image_column(field: str, dataset: Dataset) -> None:
 
 def rows_with_images(dataset: Dataset, column: str) -> np.ndarray:
     """Boolean array that marks the rows with at least one image, without reading the images."""
-    values = dataset.data.column(column)
     if isinstance(dataset.features[column], ImageFeature):
-        found = pyarrow.compute.is_valid(values)
-    else:
-        found = pyarrow.compute.greater(pyarrow.compute.fill_null(pyarrow.compute.list_value_length(values), 0), 0)
-    found = found.to_numpy()
+        return rows_with_values(dataset, column)
+    lengths = pyarrow.compute.list_value_length(dataset.data.column(column))
+    found = pyarrow.compute.greater(pyarrow.compute.fill_null(lengths, 0), 0).to_numpy()
+    return found if dataset._indices is None else found[dataset._indices.column(0).to_numpy()]
+
+
+def rows_with_values(dataset: Dataset, column: str) -> np.ndarray:
+    """Boolean array that marks the rows whose value in a column is not `None`, without reading the values."""
+    found = pyarrow.compute.is_valid(dataset.data.column(column)).to_numpy()
     return found if dataset._indices is None else found[dataset._indices.column(0).to_numpy()]
 
 

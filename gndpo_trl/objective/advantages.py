@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 
-ADVANTAGE_NORMALIZATIONS = ("global", "none", "group", "sequence")
+ADVANTAGE_NORMALIZATIONS = ("global", "none", "group", "sequence", "teacher")
 
 # Added to the variance under the square root, as in the reference.
 VARIANCE_EPSILON = 1e-8
@@ -140,6 +140,8 @@ def population_moments(
     gather: Callable[[torch.Tensor], torch.Tensor] = lambda moments: moments,
     process_index: int = 0,
     variances: torch.Tensor | None = None,
+    teachers: torch.Tensor | None = None,
+    num_teachers: int = 1,
 ) -> torch.Tensor | None:
     """
     Moments of the population that each completion is compared with; the arguments are those of [`compute_advantages`].
@@ -159,6 +161,12 @@ def population_moments(
         rows[:, 2] += as_float64(variances.masked_fill(mask == 0, 0.0)).sum(-1)
     if normalization == "global":
         return merge_moments(gather(merge_moments(rows).unsqueeze(0))).expand_as(rows)
+    if normalization == "teacher":
+        if teachers is None:
+            raise ValueError('`normalization` is "teacher", but `teachers` does not say whose each completion is.')
+        teachers = teachers.to(rows.device)
+        of_teachers = torch.stack([merge_moments(rows[teachers == number]) for number in range(num_teachers)])
+        return merge_moments(gather(of_teachers.unsqueeze(0)))[teachers]
     if normalization == "group":
         groups = merge_moments(gather(rows).view(-1, num_generations, 3), dim=1)
         start = process_index * len(rows)
@@ -201,14 +209,17 @@ def compute_advantages(
     num_generations: int = 1,
     gather: Callable[[torch.Tensor], torch.Tensor] = lambda moments: moments,
     process_index: int = 0,
+    teachers: torch.Tensor | None = None,
+    num_teachers: int = 1,
     moments: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Advantages of GNDPO (`"global"`), of plain on-policy distillation (`"none"`) and of two arms for ablation.
 
     The scores are clamped to `[-score_clip, score_clip]` and then whitened over the population that `normalization`
-    names: every valid token of the generation batch on all ranks (`"global"`), those of the same prompt (`"group"`),
-    those of the same completion (`"sequence"`); `"none"` stops after the clamp.
+    names: every valid token of the generation batch on all ranks (`"global"`), those that the same teacher scored
+    (`"teacher"`), those of the same prompt (`"group"`), those of the same completion (`"sequence"`); `"none"` stops after
+    the clamp.
 
     Args:
         scores (`torch.Tensor` of shape `(B, T)`): Raw scores in nats, see [`token_scores`].
@@ -219,8 +230,12 @@ def compute_advantages(
         num_generations (`int`, *optional*, defaults to `1`): Completions per prompt; they stand next to each other in
             the order of ranks and rows. Only used by `"group"`.
         gather (`Callable`, *optional*): Concatenates a tensor along its first dimension over all ranks, in the order
-            of ranks. It receives `(1, 3)` moments for `"global"` and `(B, 3)` for `"group"`. The default is one process.
+            of ranks. It receives `(1, 3)` moments for `"global"`, `(1, K, 3)` for `"teacher"` and `(B, 3)` for `"group"`.
+            The default is one process.
         process_index (`int`, *optional*, defaults to `0`): Rank of this process in the order of `gather`.
+        teachers (`torch.Tensor` of shape `(B,)` and an integer dtype, *optional*): Number of the teacher that scored each
+            completion, for `"teacher"`.
+        num_teachers (`int`, *optional*, defaults to `1`): `K`, number of teachers on all ranks.
         moments (`torch.Tensor` of shape `(B, 3)`, *optional*): Result of [`population_moments`] where the statistics are
             not those of `scores`; computed from them if `None`.
 
@@ -238,5 +253,7 @@ def compute_advantages(
             num_generations=num_generations,
             gather=gather,
             process_index=process_index,
+            teachers=teachers,
+            num_teachers=num_teachers,
         )
     return normalize(scores, mask, moments, std_floor)

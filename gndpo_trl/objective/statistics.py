@@ -36,13 +36,14 @@ def score_statistics(
     """
     valid = mask != 0
     raw = as_float64(scores[valid])
+    gap = as_float64((teacher_logps - student_logps)[valid])  # the plain score
     clip = float("inf") if score_clip is None else score_clip
     on_eos = as_float64(scores[valid & is_eos])
     extremes = raw if raw.numel() else raw.new_tensor([float("nan")])
     sums = [
         (raw < -clip).sum(),
         (raw > clip).sum(),
-        (raw.expm1() - raw).sum(),
+        (gap.expm1() - gap).sum(),
         as_float64(teacher_logps[valid]).sum(),
         as_float64(student_logps[valid]).sum(),
         raw.new_tensor(on_eos.numel()),
@@ -63,9 +64,10 @@ def score_metrics(statistics: torch.Tensor) -> dict[str, float]:
     """
     Metrics of a whole generation batch.
 
-    The reverse KL is estimated from the student's own samples, so `-mean(score)` is unbiased (k1); `k3` is Schulman's
-    estimator, `mean(exp(score) - 1 - score)`, which is never negative and has less variance while the two models are
-    close. Both are averages per token, in nats.
+    The reverse KL is estimated from the student's own samples, so the mean of `student - teacher` log-probs is unbiased
+    (k1); `k3` is Schulman's estimator, `mean(exp(d) - 1 - d)` with `d` the teacher's less the student's, which is never
+    negative and has less variance while the two models are close. Both are averages per token, in nats, whatever is made
+    of the scores.
 
     Args:
         statistics (`torch.Tensor` of shape `(R, 17)`): One row of [`score_statistics`] for each of the `R` ranks.
@@ -91,7 +93,7 @@ def score_metrics(statistics: torch.Tensor) -> dict[str, float]:
         "score/clamped_low": mean(clamped_low, count),
         "score/clamped_high": mean(clamped_high, count),
         "score/eos": mean(eos_total, eos_count),
-        "reverse_kl": -mean(total, count),
+        "reverse_kl": mean(student - teacher, count),
         "reverse_kl_k3": mean(k3, count),
         "teacher/mean_logp": mean(teacher, count),
         "teacher/unknown_tokens": unknown,

@@ -1,8 +1,10 @@
 """Who scores the student's samples, and whether it can."""
 
 from .local import LocalTeacher
+from .routed import RoutedTeacher
+from .self_teacher import InitialStudent, SelfTeacher
 from .server import ServerTeacher
 from .teacher import Teacher
 
 
-__all__ = ["LocalTeacher", "ServerTeacher", "Teacher"]
+__all__ = ["InitialStudent", "LocalTeacher", "RoutedTeacher", "SelfTeacher", "ServerTeacher", "Teacher"]

@@ -20,7 +20,7 @@ class Teacher(TrainerCallback):
     Knows how likely the sampled tokens are. `per_token_logps` is all that a teacher must have; the rest has defaults.
 
     Pass an instance as `teacher_model`. The trainer calls, in this order and on all ranks: `check` before it loads any
-    model; `prepare` when the student is there; for each generation batch `start`, then its own scoring pass, then
+    model; `check_data` and `prepare` when the student is there; for each generation batch `start`, then its own scoring pass, then
     `per_token_logps`; `save_state` and `load_state` with checkpoints. A teacher is also a
     [`~transformers.TrainerCallback`] of the run: one whose weights follow the student's moves them in `on_step_end`.
 
@@ -43,9 +43,15 @@ class Teacher(TrainerCallback):
     Attributes:
         vocab_size (`int` or `None`): The teacher knows token ids below this; the trainer keeps transformers' generation
             from sampling others. `None`: it knows all of the student's.
+        names (`tuple[str, ...]`): Names of those that share the rows where this stands for several, see `route`.
     """
 
     vocab_size: int | None = None
+    names: tuple[str, ...] = ()
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """Who follows the run as a callback: this teacher."""
+        return [self]
 
     def check(self, student: ModelDescription) -> None:
         """
@@ -56,6 +62,19 @@ class Teacher(TrainerCallback):
 
         Raises:
             `ValueError`: if this teacher cannot score what the student samples.
+        """
+
+    def check_data(self, field: str, dataset: Any) -> None:
+        """
+        Look at a data set of the run, before it begins.
+
+        Args:
+            field (`str`): Argument of the trainer that it was passed as: `"train_dataset"`, `"eval_dataset"` or
+                `"eval_dataset['name']"`.
+            dataset: The data set, or `None`.
+
+        Raises:
+            `ValueError`: if this teacher cannot teach from it.
         """
 
     def prepare(self, student: PreTrainedModel, accelerator: Accelerator, score: Score) -> None:
@@ -69,6 +88,10 @@ class Teacher(TrainerCallback):
                 completions under a model with TRL's fused LM head, in forward passes over real tokens. All ranks have
                 to call it together, with the same `B`; the rollout may have other prompts and images than the student's.
         """
+
+    def route(self, rows: list[dict[str, Any]]) -> list[int]:
+        """The number in `names` of the teacher of each row, for metrics and whitening. Asked where there are names."""
+        raise NotImplementedError(f"{type(self).__name__} has `names`, but no `route`.")
 
     def start(self, rollout: dict[str, Any]) -> None:
         """Begin to score a rollout and return at once. For teachers elsewhere: the student is scored meanwhile."""

@@ -1,8 +1,9 @@
 """A job of `worker.py`: one training run on canned completions, and what each rank saw of it.
 
 Its specification holds `model`, `teacher`, `config` (the fields of GNDPOConfig), and optionally `completions` (token ids
-of a completion for each prompt; without them the student samples), `images` (whether prompts have one), `lora` (true
-or "4bit"), `resume`, `save` (a folder), `fail` (what shall go wrong on the last rank) and `fsdp` (see below).
+of a completion for each prompt; without them the student samples), `images` (whether prompts have one), `own_prompts`
+(whether the teacher has some), `routed` (whether two teachers share the rows), `lora` (true or "4bit"), `resume`, `save`
+(a folder), `fail` (what shall go wrong on the last rank) and `fsdp` (see below).
 """
 
 import io
@@ -15,15 +16,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import tiny_models
 import torch
 from accelerate import PartialState
-from accelerate.utils import DistributedType, gather
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
 from transformers import AutoProcessor, BitsAndBytesConfig
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
-from gndpo_trl.grpo.microbatches import select_rows
-from gndpo_trl.teachers import LocalTeacher, Teacher
+from gndpo_trl.teachers import LocalTeacher
+from gndpo_trl.teachers.weights import piece
 
 
 PROMPTS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
@@ -65,41 +66,20 @@ def canned_rollouts(completions: list[list[int]]):
     return rollout_func
 
 
-def make_rows(images: bool) -> list[dict]:
+def make_rows(images: bool, own_prompts: bool = False, routed: bool = False) -> list[dict]:
     rows = [{"prompt": [{"role": "user", "content": f"what is {word} ?"}]} for word in PROMPTS]
     if images:
         rows = [{**row, "images": [tiny_models.draw_image(index)]} for index, row in enumerate(rows)]
+    if own_prompts:  # of the first process alone, where there are two, and longer than the student's
+        own = [{"role": "user", "content": "one plus one plus two is what ? what is the sum of one and two ?"}]
+        rows = [{**row, "teacher_prompt": own if index < 3 else None} for index, row in enumerate(rows)]
+    if routed:  # the first process has rows of both, where there are two, and the second one of one
+        rows = [{**row, "teacher": "first" if index < 3 else "second"} for index, row in enumerate(rows)]
     return rows
 
 
 def open_broken_image(rows: dict) -> dict:
     return {**rows, "images": [[Image.open(io.BytesIO(b"not an image"))] for _ in rows["prompt"]]}
-
-
-class Routed(Teacher):
-    """Two teachers that share the rows, unevenly over ranks; all ranks ask each of them for as many rows."""
-
-    def __init__(self, *teachers: LocalTeacher):
-        self.teachers = teachers
-
-    def check(self, student):
-        for teacher in self.teachers:
-            teacher.check(student)
-
-    def prepare(self, *args):
-        for teacher in self.teachers:
-            teacher.prepare(*args)
-        self.model = self.teachers[0].model
-
-    def per_token_logps(self, rollout):
-        words = [row["prompt"][0]["content"].split()[-2] for row in rollout["rows"]]
-        logps = torch.zeros(rollout["completion_ids"].shape)
-        for number, teacher in enumerate(self.teachers):
-            mine = [index for index, word in enumerate(words) if (word in PROMPTS[:3]) == (number == 0)]
-            most = gather(torch.tensor([len(mine)])).max().item()
-            asked = mine + [0] * (most - len(mine))
-            logps[mine] = teacher.per_token_logps(select_rows(rollout, asked))[: len(mine)]
-        return logps
 
 
 def train(spec: dict) -> dict:
@@ -114,12 +94,12 @@ def train(spec: dict) -> dict:
     trainer = GNDPOTrainer(
         model=spec["model"],
         teacher_model=(
-            Routed(LocalTeacher(spec["teacher"]), LocalTeacher(spec["model"]))
+            {"first": spec["teacher"], "second": LocalTeacher(spec["model"])}
             if spec.get("routed")
             else spec["teacher"]
         ),
         args=config,
-        train_dataset=Dataset.from_list(make_rows(spec.get("images"))),
+        train_dataset=Dataset.from_list(make_rows(*map(spec.get, ("images", "own_prompts", "routed")))),
         processing_class=processing_class,
         rollout_func=canned_rollouts(spec["completions"]) if spec.get("completions") else None,
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if spec.get("lora") else None,
@@ -137,7 +117,8 @@ def train(spec: dict) -> dict:
 
     advantages = {}
     teacher_forwards = []
-    engine = trainer.teacher.model
+    teacher = trainer.teacher.teachers["first"] if spec.get("routed") else trainer.teacher
+    engine = getattr(teacher, "model", trainer.model)
     engine.register_forward_pre_hook(
         lambda module, args, kwargs: teacher_forwards.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
@@ -153,10 +134,7 @@ def train(spec: dict) -> dict:
 
     trainer._generate_and_score_completions = watch
     teacher = trainer.accelerator.unwrap_model(engine)
-    if trainer.is_fsdp_enabled:
-        held = sum(parameter.to_local().numel() for parameter in engine.parameters())
-    else:
-        held = sum(getattr(p, "ds_tensor", p).numel() for p in teacher.parameters())
+    held = sum(piece(parameter).numel() for parameter in teacher.parameters())
     whole = sum(getattr(p, "ds_numel", p.numel()) for p in teacher.parameters())
 
     trainer.train(resume_from_checkpoint=spec.get("resume"))

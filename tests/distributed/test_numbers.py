@@ -18,7 +18,13 @@ CASES = {
     # The two processes' own lengths would need different numbers of forward passes.
     "token budget": {"completions": COMPLETIONS, "config": {"scoring_token_budget": 30}},
     # The first teacher has three rows of the first process and none of the second.
-    "routed": {"completions": COMPLETIONS, "routed": True},
+    "routed": {"completions": COMPLETIONS, "routed": True, "family": "internvl"},
+    "routed apart": {
+        "completions": COMPLETIONS,
+        "routed": True,
+        "config": {"advantage_normalization": "teacher"},
+    },
+    "own prompts": {"completions": COMPLETIONS, "family": "internvl", "own_prompts": True},
     "teacher offloaded": {"completions": COMPLETIONS, "config": {"teacher_offload": True}},
     "baseline": {"completions": COMPLETIONS, "config": {"score_baseline": "expected"}},
     "exact": {"completions": COMPLETIONS, "config": {"estimator": "exact"}},
@@ -37,7 +43,7 @@ def run_case(launch, case: str, accelerate_config: str | None, batch_size: int, 
         "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": accumulation,
     }
-    spec.update(completions=options["completions"], routed=options.get("routed"))
+    spec.update({key: value for key, value in options.items() if key not in ("config", "family")})
     run = launch(accelerate_config, options.get("family", "qwen3"), config, **spec)
     assert run.returncode == 0, run.output
     return run
@@ -77,6 +83,9 @@ def gradients(run, start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ("images", "zero3", 2, 2),
         ("token budget", "zero3", 2, 2),
         ("routed", "zero3", 2, 2),
+        ("routed apart", "ddp", 2, 2),
+        ("routed apart", "zero3", 4, 1),
+        ("own prompts", "zero3", 2, 2),
         ("teacher offloaded", "zero2", 2, 2),
         ("baseline", "zero3", 2, 2),
         ("exact", "ddp", 2, 2),
@@ -123,3 +132,60 @@ def test_two_processes_equal_one(launch, one_process, checkpoints, case, acceler
             assert held == whole
         if accelerate_config == "zero3":  # from the text configuration's hidden size
             assert report["teacher_buckets"] == [48 * 48, int(0.9 * 48 * 48), 10 * 48]
+
+
+SELF_TAUGHT = {"teacher_weights": "ema", "teacher_ema_decay": 0.5, "max_steps": 3, "learning_rate": 0.1}
+
+
+@pytest.fixture(scope="module")
+def self_taught(launch):
+    """Three steps of a student and its average on one process; of its adapters, too."""
+    runs = {}
+
+    def get(lora: bool):
+        if lora not in runs:
+            runs[lora] = run_self_taught(launch, None, 4, lora=lora)
+        return runs[lora]
+
+    return get
+
+
+def run_self_taught(launch, accelerate_config: str | None, accumulation: int, **spec):
+    options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation}
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    config = {**SELF_TAUGHT, **saving, **options, **spec.pop("config", {})}
+    options = {"teacher": "self", "completions": COMPLETIONS, "own_prompts": True, **spec}
+    run = launch(accelerate_config, "qwen3", config, fsdp=accelerate_config == "fsdp2", **options)
+    assert run.returncode == 0, run.output
+    return run
+
+
+@pytest.mark.parametrize(
+    "accelerate_config, lora", [("ddp", False), ("zero3", False), ("zero3", True), ("fsdp2", False)]
+)
+def test_the_average_of_the_student_is_that_of_one_process(launch, self_taught, accelerate_config, lora):
+    """Its weights are in pieces, the model that scores with them is whole again, and checkpoints hold all of them."""
+    expected, found = self_taught(lora), run_self_taught(launch, accelerate_config, 2, lora=lora)
+    for step in (2, 3):
+        one, two = (load_file(run.folder / f"out/checkpoint-{step}/teacher.safetensors") for run in (expected, found))
+        assert one.keys() == two.keys() and len(one) == (8 if lora else 25)
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+    for one, two in zip(*(run.reports[0]["log_history"][:3] for run in (expected, found)), strict=True):
+        assert two["score/std"] == pytest.approx(one["score/std"], abs=1e-5) != 0
+
+    own = {}
+    if accelerate_config == "fsdp2":  # torch loads no state of an optimizer that has none
+        own = {"optim": "adamw_torch", "learning_rate": 1e-3}
+        found = run_self_taught(launch, accelerate_config, 2, config=own)
+    checkpoint = str(found.folder / "out/checkpoint-2")
+    resumed = run_self_taught(
+        launch, accelerate_config, 2, lora=lora, resume=checkpoint, config={**own, "save_steps": 3}
+    )
+    one, two = (load_file(run.folder / "out/checkpoint-3/teacher.safetensors") for run in (found, resumed))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    if accelerate_config == "ddp":  # on another number of processes
+        alone = run_self_taught(launch, None, 4, resume=checkpoint, config={"save_steps": 3})
+        other = load_file(alone.folder / "out/checkpoint-3/teacher.safetensors")
+        for name, value in one.items():
+            torch.testing.assert_close(other[name], value, rtol=0, atol=1e-5)

@@ -1,0 +1,52 @@
+"""Other scores of a token than the plain difference of two log-probs, as pure tensor functions."""
+
+import torch
+
+
+def extrapolated_scores(
+    teacher_logps: torch.Tensor,
+    old_logps: torch.Tensor,
+    reference_logps: torch.Tensor,
+    mask: torch.Tensor,
+    extrapolation: float,
+) -> torch.Tensor:
+    """
+    Scores of G-OPD (https://huggingface.co/papers/2602.12125), which make more, or less, of what sets the teacher apart.
+
+        score = λ · (log π_T - log π_ref) - (log π_old - log π_ref)
+
+    The teacher's lead over a reference is the reward that it stands for, and the rest the divergence from that reference.
+    At λ = 1 the reference cancels out and this is [`~advantages.token_scores`]; above 1, the student is led beyond its
+    teacher; below 1, to somewhere between reference and teacher.
+
+    Args:
+        teacher_logps (`torch.Tensor` of shape `(B, T)`): Log-probs of the sampled tokens under the teacher, in nats.
+        old_logps (`torch.Tensor` of shape `(B, T)`): Log-probs under the student at sampling time.
+        reference_logps (`torch.Tensor` of shape `(B, T)`): Log-probs under the reference.
+        mask (`torch.Tensor` of shape `(B, T)`): Nonzero on valid tokens.
+        extrapolation (`float`): λ.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: scores in nats, 0 on masked tokens.
+    """
+    scores = extrapolation * (teacher_logps - reference_logps) - (old_logps - reference_logps)
+    return scores.masked_fill(mask == 0, 0.0)
+
+
+def discounted_scores(scores: torch.Tensor, discount: float) -> torch.Tensor:
+    """
+    Scores with those of the tokens that follow, `Σ_k γ^k · score[t + k]`: a token answers for what it led to.
+
+    Args:
+        scores (`torch.Tensor` of shape `(B, T)`): Scores in nats, 0 on masked tokens, which still count as a step in time.
+        discount (`float`): γ, from 0 (each token for itself) to 1.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: discounted sums in nats; masked tokens have one, too.
+    """
+    # Sums over 1, 2, 4, ... tokens, each made of two of those before.
+    sums, width, factor = scores, 1, discount
+    while width < scores.size(-1) and factor != 0:
+        following = torch.nn.functional.pad(sums[..., width:], (0, width))
+        sums, width, factor = sums + factor * following, 2 * width, factor * factor
+    return sums

@@ -1,0 +1,212 @@
+"""The teacher that the trainer's arguments and the configuration name."""
+
+import copy
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from .config import GNDPOConfig
+from .teachers import InitialStudent, LocalTeacher, RoutedTeacher, SelfTeacher, ServerTeacher, Teacher
+
+
+@dataclass
+class Student:
+    """What a teacher that is the student itself is made from: the trainer's arguments."""
+
+    model: str | PreTrainedModel | PeftModel
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None
+    is_peft: bool
+
+
+def get_teacher(
+    teacher_model: str | PathLike | PreTrainedModel | Teacher | dict[str, Any] | None,
+    teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
+    args: GNDPOConfig,
+    student: Student,
+) -> Teacher:
+    """
+    The teacher that the trainer's arguments and the configuration's `teacher_*` fields name.
+
+    Raises:
+        `ValueError`: if none is given, if it is given twice, or if options come with a teacher that has no use for them.
+    """
+    named = {name: getattr(args, name) for name in ("teacher_model_name_or_path", "teacher_server_url")}
+    named = {name: value for name, value in named.items() if value is not None}
+    if teacher_model is None and not named:
+        raise ValueError(
+            "No teacher. Pass `teacher_model` (a path, a model id, a loaded model or a `Teacher`) to the trainer, or set "
+            "`teacher_model_name_or_path` or `teacher_server_url` in the configuration."
+        )
+    if teacher_model is not None and named:
+        raise ValueError(
+            f"The teacher is given twice: `teacher_model` was passed to the trainer and `{next(iter(named))}` is "
+            f"{next(iter(named.values()))!r}. Keep one of them."
+        )
+    if args.teacher_server_url is None:
+        teacher_model = args.teacher_model_name_or_path if teacher_model is None else teacher_model
+    teachers = list(teacher_model.values()) if isinstance(teacher_model, dict) else [teacher_model]
+    if args.teacher_weights != "initial" and not any(is_self(teacher) for teacher in teachers):
+        raise ValueError(
+            f"`teacher_weights` is {args.teacher_weights!r}, but the teacher is a model of its own, whose weights stay. "
+            'Unset it, or set `teacher_model` to "self".'
+        )
+    if args.teacher_server_url is not None:
+        return get_server_teacher(teacher_processing_class, args)
+    options = {
+        "teacher_processing_class": teacher_processing_class,
+        "teacher_model_revision": args.teacher_model_revision,
+        "teacher_model_init_kwargs": args.teacher_model_init_kwargs,
+        "teacher_offload": args.teacher_offload or None,
+    }
+    for name, value in options.items():
+        if value is not None and all(isinstance(teacher, Teacher) for teacher in teachers):
+            raise ValueError(
+                f"`{name}` is set, but `teacher_model` is a {type(teachers[0]).__name__}, which decides that itself. Unset "
+                "it."
+            )
+    if not isinstance(teacher_model, dict):
+        return make_teacher(teacher_model, teacher_processing_class, args, student)
+    for name in ("teacher_processing_class", "teacher_model_revision"):
+        if options[name] is not None:
+            raise ValueError(
+                f"`{name}` is set, but `teacher_model` has several teachers, and it can only be that of one. Pass that one "
+                "as a `LocalTeacher`, which takes it, and unset it here."
+            )
+    teachers = {name: make_teacher(teacher, None, args, student) for name, teacher in teacher_model.items()}
+    return RoutedTeacher(teachers)
+
+
+def is_self(teacher: Any) -> bool:
+    return isinstance(teacher, str) and teacher == "self"
+
+
+def make_teacher(
+    teacher: str | PathLike | PreTrainedModel | Teacher,
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
+    args: GNDPOConfig,
+    student: Student,
+) -> Teacher:
+    if isinstance(teacher, Teacher):
+        return teacher
+    if is_self(teacher):
+        return get_self_teacher(processing_class, args, student)
+    return LocalTeacher(
+        teacher,
+        processing_class,
+        revision=args.teacher_model_revision,
+        init_kwargs=args.teacher_model_init_kwargs,
+        trust_remote_code=args.trust_remote_code,
+        offload=args.teacher_offload,
+        cast_lm_head_to_fp32=args.cast_lm_head_to_fp32,
+    )
+
+
+def get_server_teacher(
+    processing_class: PreTrainedTokenizerBase | ProcessorMixin | None, args: GNDPOConfig
+) -> Teacher:
+    for name in ("teacher_model_init_kwargs", "teacher_offload"):
+        if getattr(args, name):
+            raise ValueError(
+                f"`{name}` is set, but the teacher runs behind `teacher_server_url`, which decides that itself. Unset it."
+            )
+    if is_self(args.teacher_model_name_or_path):
+        raise ValueError(
+            '`teacher_model_name_or_path` is "self", but the teacher runs behind `teacher_server_url`. Keep one of them.'
+        )
+    sampler = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+    teacher = ServerTeacher(
+        args.teacher_server_url,
+        processing_class,
+        model=args.teacher_model_name_or_path,
+        revision=args.teacher_model_revision,
+        trust_remote_code=args.trust_remote_code,
+        max_completion_length=args.max_completion_length,
+        timeout=args.teacher_server_timeout,
+    )
+    if args.use_vllm and args.vllm_mode == "server" and sampler.rstrip("/") in teacher.urls:
+        raise ValueError(
+            f"`teacher_server_url` has {sampler!r}, where the student is sampled from: it gets the student's weights, so "
+            "the student would be its own teacher. Serve the teacher at another URL."
+        )
+    return teacher
+
+
+def get_self_teacher(
+    teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | None, args: GNDPOConfig, student: Student
+) -> Teacher:
+    """
+    The student as its own teacher.
+
+    Raises:
+        `ValueError`: if options come with it that have no meaning for it, if it would not be scored at temperature 1, or
+            if a copy of a student that ZeRO-3 has sharded already is asked for.
+    """
+    options = {
+        "teacher_processing_class": teacher_processing_class,
+        "teacher_model_revision": args.teacher_model_revision,
+        "teacher_model_init_kwargs": args.teacher_model_init_kwargs,
+    }
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f'`{name}` is set, but `teacher_model` is "self", which has the student\'s. Unset it.')
+    if args.teacher_weights == "initial" and not student.is_peft:
+        return get_initial_student(args, student)
+    if args.teacher_offload and args.teacher_weights in ("initial", "live"):
+        raise ValueError(
+            f"`teacher_offload` is True, but with `teacher_weights={args.teacher_weights!r}` the teacher has no weights "
+            "beside the student's. Unset it."
+        )
+    if args.temperature != 1.0:
+        raise ValueError(
+            f"`temperature` is {args.temperature}, but this teacher is scored through the student's own LM head, and "
+            "teachers are scored at temperature 1. Set `temperature` to 1.0, or pass the student's path as `teacher_model` "
+            "for a copy with a head of its own."
+        )
+    return SelfTeacher(
+        args.teacher_weights, args.teacher_ema_decay, args.teacher_sync_steps, offload=args.teacher_offload
+    )
+
+
+def get_reference(teacher: Teacher, args: GNDPOConfig, student: Student) -> Teacher | None:
+    """
+    The student before training, for scores that need its log-probs; `None` where TRL's reference model has them.
+
+    Raises:
+        `ValueError`: as [`get_self_teacher`].
+    """
+    if args.extrapolation == 1.0 or args.beta != 0.0:
+        return None
+    if isinstance(teacher, InitialStudent) or (isinstance(teacher, SelfTeacher) and teacher.weights == "initial"):
+        return teacher
+    if not student.is_peft:
+        return get_initial_student(args, student)
+    if args.temperature != 1.0:
+        raise ValueError(
+            f"`temperature` is {args.temperature}, but with `extrapolation` ({args.extrapolation}) the base under the "
+            "adapters is scored through the student's own LM head, and the scale is that of temperature 1. Set "
+            "`temperature` to 1.0."
+        )
+    return SelfTeacher("initial")
+
+
+def get_initial_student(args: GNDPOConfig, student: Student) -> InitialStudent:
+    """A frozen copy of the student as it is before training, loaded as TRL loads the student."""
+    model, init_kwargs = student.model, {"dtype": "float32", **(args.model_init_kwargs or {})}
+    if not isinstance(model, str):
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            raise ValueError(
+                "`model` is loaded and sharded by ZeRO-3 already, so that no copy of it can be made for the teacher. "
+                "Pass its path or model id as `model`."
+            )
+        model, init_kwargs = copy.deepcopy(model), None
+    return InitialStudent(
+        model,
+        student.processing_class,
+        init_kwargs=init_kwargs,
+        trust_remote_code=args.trust_remote_code,
+        offload=args.teacher_offload,
+        cast_lm_head_to_fp32=args.cast_lm_head_to_fp32,
+    )

@@ -1,0 +1,290 @@
+"""Prompts that are the teacher's own: other words, images or template options before the same completions."""
+
+import os
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import ProcessorMixin
+from trl import prepare_multimodal_messages
+
+from ..grpo.data_checks import IMAGE_COLUMNS, rows_with_images, rows_with_values
+from ..grpo.trl_hooks import MULTIMODAL_KEYS, pad
+from .compatibility import ProcessingClass
+
+
+# A prompt that ends so has the model begin inside its reasoning.
+OPEN_REASONING = "<think>"
+
+
+class TeacherPrompts:
+    """
+    Puts the column `teacher_prompt` of the data where a teacher reads the student's prompt.
+
+    A `teacher_prompt` is what a `prompt` may be: messages, which the student's chat template renders, or text, which is
+    taken as it is. The teacher sees the images of the column `teacher_images`, or the student's where a row has none of
+    its own. Rows whose `teacher_prompt` is `None` keep the student's prompt, token by token.
+
+    Args:
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
+            The student's: its token ids are those that a teacher is asked for.
+        student_kwargs (`dict`): Keyword arguments of the chat template for the student's prompts.
+        teacher_kwargs (`dict`): Those for the teacher's.
+        chat_template (`str`, *optional*): Template to use in place of the processing class's own.
+        tools (`list[Callable]`, *optional*): Tools that prompts offer.
+        pad_to_multiple_of (`int`, *optional*): Widths of padded prompts are multiples of it.
+    """
+
+    def __init__(
+        self,
+        processing_class: ProcessingClass,
+        student_kwargs: dict[str, Any],
+        teacher_kwargs: dict[str, Any],
+        *,
+        chat_template: str | None = None,
+        tools: list[Callable] | None = None,
+        pad_to_multiple_of: int | None = None,
+    ):
+        self.processing_class = processing_class
+        self.is_vlm = isinstance(processing_class, ProcessorMixin)
+        self.tokenizer = processing_class.tokenizer if self.is_vlm else processing_class
+        self.student_kwargs, self.teacher_kwargs = student_kwargs, teacher_kwargs
+        self.template_options = {"chat_template": chat_template, "tools": tools or None}
+        self.tools = tools
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.endings = []
+        if chat_template is not None or getattr(processing_class, "chat_template", None) is not None:
+            self.endings = [self._ending(student_kwargs), self._ending(teacher_kwargs)]
+        self.is_shown = False
+
+    def check_dataset(self, field: str, dataset: Any, removes_columns: bool, has_environments: bool) -> None:
+        """
+        Raise where the teacher's prompts in a data set could not be read, or would be lost.
+
+        Args:
+            field (`str`): Argument that the data set was passed as.
+            dataset: The data set; one whose columns are not known is looked at row by row during the run.
+            removes_columns (`bool`): `remove_unused_columns`.
+            has_environments (`bool`): Whether environments write the student's prompts.
+
+        Raises:
+            `ValueError`: naming the data set, what is wrong, and the remedy.
+        """
+        columns = getattr(dataset, "column_names", None) or ()
+        if "teacher_prompt" not in columns:
+            if "teacher_images" in columns:
+                raise ValueError(
+                    f"`{field}` has the column `teacher_images`, but no `teacher_prompt` that they belong to. Add one "
+                    "(the student's prompt, if only the images differ), or remove the column."
+                )
+            return
+        if removes_columns:
+            raise ValueError(
+                f"`{field}` has the column `teacher_prompt`, but `remove_unused_columns` is True, which removes it. Set "
+                "`remove_unused_columns` to False, or remove the column to have the teacher read the student's prompt."
+            )
+        if has_environments:
+            raise ValueError(
+                f"`{field}` has the column `teacher_prompt`, but environments write the student's prompts, and what "
+                "they add would be missing in the teacher's. Remove the column, or train without `environment_factory`."
+            )
+        if self.tools and self.is_vlm:
+            raise ValueError(
+                f"`{field}` has the column `teacher_prompt`, and `tools` may return images, which are then in the "
+                "completion and would be lost beside the teacher's own. Remove the column, or train without tools."
+            )
+        if "teacher_images" in columns:
+            if not self.is_vlm:
+                raise ValueError(
+                    f"`{field}` has the column `teacher_images`, but the student has no processor for images, and the "
+                    "teacher reads what the student's processing class makes. Remove the column, or train an image-text "
+                    "student."
+                )
+            if isinstance(dataset, Dataset):
+                check_teacher_images(field, dataset)
+
+    def exchange(self, rollout: dict[str, Any]) -> dict[str, Any]:
+        """
+        The rollout as the teacher reads it.
+
+        Args:
+            rollout (`dict`): Rollout of `B` rows with `rows`, see [`Teacher`].
+
+        Returns:
+            `dict`: the same rollout if no row has a `teacher_prompt`. Else one with other `prompt_ids` and `prompt_mask`
+            `(B, P')`, left-padded, and the images that belong to them.
+
+        Raises:
+            `ValueError`: if a prompt of the teacher ends at another point of the chat template than the student's, or if
+                its images do not fit.
+        """
+        rows = rollout["rows"]
+        own = [row.get("teacher_prompt") is not None for row in rows]
+        for row, has_own in zip(rows, own, strict=True):
+            if row.get("teacher_images") and not has_own:
+                raise ValueError(
+                    f"A row has `teacher_images`, but its `teacher_prompt` is None (prompt: {quote(row)}). Give it one, "
+                    "or remove its images."
+                )
+        if not any(own):
+            return rollout
+
+        images = [row.get("teacher_images") or student_images(row) for row in rows]
+        student_ids = [
+            ids[mask.bool()].tolist() for ids, mask in zip(rollout["prompt_ids"], rollout["prompt_mask"], strict=True)
+        ]
+        device, others = rollout["prompt_ids"].device, {}
+        if any(images):
+            prompt_ids, others = self._process(rows, own, images, student_ids, rollout["completion_ids"].shape)
+        else:
+            prompt_ids = [
+                self._tokenize(row["teacher_prompt"]) if has_own else ids
+                for row, has_own, ids in zip(rows, own, student_ids, strict=True)
+            ]
+        for row, before, after in zip(rows, student_ids, prompt_ids, strict=True):
+            self._check_ending(row, before, after)
+        if not self.is_shown:
+            self._show(student_ids[own.index(True)], prompt_ids[own.index(True)])
+
+        ids = self._pad(prompt_ids, self.tokenizer.pad_token_id)
+        mask = self._pad([[1] * len(row) for row in prompt_ids], 0)
+        question = {key: value for key, value in rollout.items() if key not in MULTIMODAL_KEYS}
+        question.update(prompt_ids=ids.to(device), prompt_mask=mask.to(device))
+        for key, value in others.items():
+            question[key] = value.to(device) if isinstance(value, torch.Tensor) else value
+        return question
+
+    def _pad(self, rows: list[list[int]], value: int) -> torch.Tensor:
+        rows = [torch.as_tensor(row) for row in rows]
+        return pad(rows, value, padding_side="left", pad_to_multiple_of=self.pad_to_multiple_of)
+
+    def _render(self, prompt: str | list, kwargs: dict[str, Any], images: list | None = None, closed=False) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        if self.is_vlm:
+            try:
+                prompt = prepare_multimodal_messages(prompt, images=images)
+            except ValueError as error:
+                raise ValueError(
+                    f"`teacher_prompt` and its images do not fit: {error} A row without `teacher_images` has the "
+                    f"student's. Prompt: {str(prompt)[:200]!r}."
+                ) from error
+        return self.processing_class.apply_chat_template(
+            prompt, add_generation_prompt=not closed, tokenize=False, **self.template_options, **kwargs
+        )
+
+    def _tokenize(self, prompt: str | list) -> list[int]:
+        text = self._render(prompt, self.teacher_kwargs)
+        return self.tokenizer(text, add_special_tokens=self._adds_special_tokens(prompt, text))["input_ids"]
+
+    def _adds_special_tokens(self, prompt: str | list, text: str) -> bool:
+        """The rules of TRL and of transformers: text gets them, what a template rendered has them already."""
+        bos_token = self.tokenizer.bos_token
+        return isinstance(prompt, str) or (self.is_vlm and not (bos_token and text.startswith(bos_token)))
+
+    def _process(self, rows, own, images, student_ids, shape) -> tuple[list[list[int]], dict[str, Any]]:
+        """Token ids of the prompts, and the vision inputs of the model family, for rows with images."""
+        if not all(images):
+            raise ValueError(
+                f"{images.count(None)} of {len(images)} rows have no images for the teacher, and others have (the first "
+                f"prompt without: {quote(rows[images.index(None)])}). A forward pass takes images for all of its rows "
+                "or for none: give all of them `teacher_images`, or none."
+            )
+        prompts = [row["teacher_prompt"] if has_own else row["prompt"] for row, has_own in zip(rows, own, strict=True)]
+        if any(isinstance(prompt, str) for prompt in prompts):
+            raise ValueError(
+                "A `teacher_prompt` with images is text. Write it as messages, which say where the images are."
+            )
+        texts = [
+            self._render(prompt, self.teacher_kwargs if has_own else self.student_kwargs, row_images)
+            for prompt, has_own, row_images in zip(prompts, own, images, strict=True)
+        ]
+        options = {"add_special_tokens": self._adds_special_tokens(prompts[0], texts[0]), "padding": True}
+        options.update(padding_side="left", return_tensors="pt")
+        inputs = self.processing_class(text=texts, images=images, **options)
+        prompt_ids = [
+            ids[mask.bool()].tolist() for ids, mask in zip(inputs["input_ids"], inputs["attention_mask"], strict=True)
+        ]
+        for row, has_own, ids, before in zip(rows, own, prompt_ids, student_ids, strict=True):
+            if not has_own and ids != before:
+                raise ValueError(
+                    "The student sampled after other tokens than its prompt renders to, so the teacher cannot be given "
+                    f"the images of a row without `teacher_prompt` (prompt: {quote(row)}). Give every row one, or none."
+                )
+        others = {key: value for key, value in inputs.items() if key in MULTIMODAL_KEYS}
+        for key in {"token_type_ids", "mm_token_type_ids"} & others.keys():
+            types = [kinds[mask.bool()] for kinds, mask in zip(others[key], inputs["attention_mask"], strict=True)]
+            others[key] = torch.cat([self._pad(types, 0), torch.zeros(shape, dtype=others[key].dtype)], dim=1)
+        others["num_images"] = [len(row_images) for row_images in images]
+        pixels = others["pixel_values"]
+        if "spatial_shapes" in others or (pixels.ndim == 4 and len(pixels) != sum(others["num_images"])):
+            others["num_tiles"] = [
+                len(self.processing_class(text=[text], images=[row_images], **options)["pixel_values"])
+                for text, row_images in zip(texts, images, strict=True)
+            ]
+        return prompt_ids, others
+
+    def _ending(self, kwargs: dict[str, Any]) -> list[int]:
+        """Token ids that the template opens the answer with."""
+        probe = [{"role": "user", "content": "?"}]
+        closed, opened = self._render(probe, kwargs, closed=True), self._render(probe, kwargs)
+        text = opened[len(os.path.commonprefix([closed, opened])) :]
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _check_ending(self, row: dict[str, Any], student_ids: list[int], teacher_ids: list[int]) -> None:
+        def ends(ids: list[int]) -> list[bool]:
+            last = self.tokenizer.decode(ids[-len(OPEN_REASONING) :]).rstrip()
+            at_endings = [ids[len(ids) - len(ending) :] == ending for ending in self.endings]
+            return [*at_endings, last.endswith(OPEN_REASONING)]
+
+        if ends(student_ids) != ends(teacher_ids):
+            before, after = (self.tokenizer.decode(ids[-20:]) for ids in (student_ids, teacher_ids))
+            raise ValueError(
+                f"The prompts of student and teacher end at different points of the chat template: the student's as "
+                f"{before!r}, the teacher's as {after!r} (prompt: {quote(row)}). The completion would not follow on the "
+                "teacher's. Write `teacher_prompt` as messages if `prompt` is messages, and let `chat_template_kwargs` "
+                f"({self.student_kwargs}) and `teacher_chat_template_kwargs` agree on what opens the answer "
+                "(`enable_thinking`, say)."
+            )
+
+    def _show(self, student_ids: list[int], teacher_ids: list[int]) -> None:
+        self.is_shown = True
+        if PartialState().is_main_process:
+            for reader, ids in (("student", student_ids), ("teacher", teacher_ids)):
+                text = re.sub(
+                    r"(<[^<>]+>)(?:\s?\1)+", r"\1...", self.tokenizer.decode(ids)
+                )  # placeholders of an image
+                print(f"A prompt as the {reader} reads it:\n{text}\n", flush=True)
+
+
+def student_images(row: dict[str, Any]) -> list | None:
+    """Images of a row as TRL finds them; `None` if it has none."""
+    if "images" in row:
+        return row["images"] or None
+    return [row["image"]] if row.get("image") is not None else None
+
+
+def quote(row: dict[str, Any]) -> str:
+    return repr(str(row.get("prompt"))[:200])
+
+
+def check_teacher_images(field: str, dataset: Dataset) -> None:
+    """Raise `ValueError` if images have no prompt to stand in, or if the teacher would see images in some rows alone."""
+    has_images = rows_with_images(dataset, "teacher_images")
+    has_prompt = rows_with_values(dataset, "teacher_prompt")
+    if (has_images & ~has_prompt).any():
+        first = int((has_images & ~has_prompt).argmax())
+        raise ValueError(
+            f"Row {first} of `{field}` has `teacher_images`, but its `teacher_prompt` is None. Give it one, or remove its "
+            "images."
+        )
+    if not {*IMAGE_COLUMNS} & {*dataset.column_names} and has_images.any() and not has_images.all():
+        first = int((~has_images).argmax())
+        raise ValueError(
+            f"{len(has_images) - has_images.sum()} of {len(has_images)} rows of `{field}` have neither `teacher_images` "
+            f"nor images of the student's; the first is row {first}. A forward pass takes images for all of its rows or "
+            "for none: give all of them `teacher_images`, or none."
+        )
