@@ -19,6 +19,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -134,6 +135,7 @@ def main() -> int:
     print(f"{len(wanted) - len(cells)} of {len(wanted)} cells are there, {len(cells)} to run", flush=True)
 
     os.environ.update(ENVIRONMENT)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     failed = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(max_workers=args.jobs, mp_context=context) as pool:
@@ -156,7 +158,10 @@ def main() -> int:
                     print(f"{count}/{len(cells)} {name} failed: {type(error).__name__}: {error}", flush=True)
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            for worker in multiprocessing.active_children():
+                worker.terminate()
+            print("Stopped; the same command goes on.", file=sys.stderr)
+            return 130
         finally:
             rows = read_rows(args.results, args.output_dir)
             if rows:
