@@ -9,6 +9,13 @@ from .grpo.config import ExtendedGRPOConfig
 from .objective.advantages import ADVANTAGE_NORMALIZATIONS
 
 
+SCORE_BASELINES = ("expected",)
+ESTIMATORS = ("sampled", "exact")
+
+# Losses that go on from a sum over tokens with advantages of both signs. "sapo" and "vespo" treat the signs differently.
+LOSSES_OF_EXPECTATIONS = ("grpo", "dapo", "dr_grpo", "bnpo", "luspo", "cispo")
+
+
 class _SingleGeneration(int):
     """The number 1, but not smaller than 2: passes TRL's check for groups, and no other check, unseen."""
 
@@ -102,6 +109,16 @@ class GNDPOConfig(ExtendedGRPOConfig):
         std_floor (`float`, *optional*, defaults to `0.0`):
             Lower bound, in nats, of the standard deviation that the scores are divided by. A positive value keeps
             rounding noise from being blown up to unit variance once the student has become its teacher.
+
+        score_baseline (`str`, *optional*):
+            What is subtracted from a clamped score before it is normalized. `"expected"`: the expected clamped score of
+            its position, over the student's distribution; the normalization then divides by the standard deviation and
+            subtracts no mean. The expected gradient stays the same, with less noise. `None` (the paper): nothing.
+        estimator (`str`, *optional*, defaults to `"sampled"`):
+            What the gradient of a position looks at. `"sampled"` (the paper): the advantage of the sampled token.
+            `"exact"`: the expected advantage over the whole vocabulary, the sum over all tokens of probability times
+            advantage times gradient of the log-prob, normalized by the moments of the student's distributions. Needs
+            `importance_sampling_level="sequence_token"` and a teacher in the same process, as does `score_baseline`.
 
         > Parameters that control the loss
 
@@ -215,6 +232,28 @@ class GNDPOConfig(ExtendedGRPOConfig):
         },
     )
 
+    score_baseline: str | None = field(
+        default=None,
+        metadata={
+            "help": 'What is subtracted from a clamped score before it is normalized. `"expected"`: the expected '
+            "clamped score of its position, over the student's distribution; the normalization then divides by the "
+            "standard deviation and subtracts no mean. The expected gradient stays the same, with less noise. `None` "
+            "(the paper): nothing.",
+            "choices": list(SCORE_BASELINES),
+        },
+    )
+    estimator: str = field(
+        default="sampled",
+        metadata={
+            "help": 'What the gradient of a position looks at. `"sampled"` (the paper): the advantage of the sampled '
+            'token. `"exact"`: the expected advantage over the whole vocabulary, the sum over all tokens of '
+            "probability times advantage times gradient of the log-prob, normalized by the moments of the student's "
+            'distributions. Needs `importance_sampling_level="sequence_token"` and a teacher in the same process, as '
+            "does `score_baseline`.",
+            "choices": list(ESTIMATORS),
+        },
+    )
+
     # Parameters that control the loss
     importance_sampling_level: str = field(
         default="sequence_token",
@@ -274,6 +313,7 @@ class GNDPOConfig(ExtendedGRPOConfig):
                 f"{', '.join(map(repr, ADVANTAGE_NORMALIZATIONS))}."
             )
         check_loss_and_level(self.loss_type, self.importance_sampling_level)
+        self._check_expectations()
         if not self.std_floor >= 0:
             raise ValueError(
                 f"`std_floor` is {self.std_floor}, but it is a lower bound of a standard deviation. Use 0.0 for the "
@@ -319,3 +359,39 @@ class GNDPOConfig(ExtendedGRPOConfig):
                 "`gradient_accumulation_steps` or `per_device_train_batch_size`, or lower `num_generations`.",
                 stacklevel=2,
             )
+
+    def _check_expectations(self) -> None:
+        """Raise `ValueError` where `score_baseline` or `estimator` is unknown or does not go with another field."""
+        if self.score_baseline not in (None, *SCORE_BASELINES):
+            raise ValueError(f"`score_baseline` is {self.score_baseline!r}. Choose None or 'expected'.")
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"`estimator` is {self.estimator!r}. Choose one of {', '.join(map(repr, ESTIMATORS))}.")
+        asked = 'score_baseline="expected"' if self.score_baseline is not None else f'estimator="{self.estimator}"'
+        if asked != 'estimator="sampled"':
+            reasons = {
+                "use_sampling_logps": (self.use_sampling_logps, "the sampler says nothing about the other tokens"),
+                "torch_compile": (self.torch_compile, "a compiled model does not hand out its hidden states"),
+            }
+            if self.estimator == "exact":
+                asked = 'estimator="exact"'
+                reasons |= {
+                    "beta": (self.beta != 0, "the KL divergence to the reference model is that of sampled tokens"),
+                    "importance_sampling_level": (
+                        self.importance_sampling_level == "token",
+                        'the ratio of a token is part of the sum over all tokens; set "sequence_token"',
+                    ),
+                    "loss_type": (
+                        self.loss_type not in LOSSES_OF_EXPECTATIONS,
+                        "advantages of both signs meet in a position, which this loss treats differently; choose one of "
+                        + ", ".join(map(repr, LOSSES_OF_EXPECTATIONS)),
+                    ),
+                    "off_policy_mask_threshold": (
+                        self.off_policy_mask_threshold is not None,
+                        "it looks at the sign of an advantage, and a position has advantages of both signs",
+                    ),
+                }
+            for name, (is_set, reason) in reasons.items():
+                if is_set:
+                    raise ValueError(
+                        f"`{name}` is {getattr(self, name)!r}, which does not go with `{asked}`: {reason}."
+                    )

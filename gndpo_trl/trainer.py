@@ -18,20 +18,21 @@ from transformers import (
 )
 
 from .config import GNDPOConfig
+from .expectation import ExpectationMixin, check_teacher, looks_at_vocabulary
 from .grpo.launch import check_final_save
-from .grpo.ratio import SequenceTokenMixin
 from .grpo.rollouts import check_finite, check_images_were_kept, leave_out, valid_tokens
 from .grpo.sampling import suppress_tokens
 from .grpo.trainer import ExtendedGRPOTrainer
 from .grpo.trl_hooks import get_config_model_id
 from .grpo.vllm import check_sampling_logps
 from .objective.advantages import clamp_scores, normalize, population_moments, token_scores
+from .objective.distributions import Comparison
 from .teacher_logs import TeacherLogsMixin
 from .teachers import LocalTeacher, Teacher
 from .teachers.compatibility import describe
 
 
-class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
+class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
     """
     Trainer for Globally Normalized Distillation Policy Optimization (GNDPO), proposed in [Stabilizing On-Policy
     Distillation for MLLM Reasoning with Global Normalization](https://huggingface.co/papers/2606.09091).
@@ -77,7 +78,7 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
 
     _generation_arguments = (
         *ExtendedGRPOTrainer._generation_arguments,
-        *("score_clip", "advantage_normalization", "std_floor", "use_sampling_logps"),
+        *("score_clip", "advantage_normalization", "std_floor", "use_sampling_logps", "score_baseline", "estimator"),
     )
     _tag_names = ["trl", "gndpo"]
     _name = "GNDPO"
@@ -124,6 +125,7 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
             args = GNDPOConfig(f"{model_name.split('/')[-1]}-GNDPO")
         check_arguments(args, rollout_func)
         self.teacher = get_teacher(teacher_model, teacher_processing_class, args)
+        check_teacher(self.teacher, args)
         model_kwargs = args.model_init_kwargs or {}
         revision = model_kwargs.get("revision")
         trust_remote_code = model_kwargs.get("trust_remote_code", args.trust_remote_code)
@@ -162,9 +164,11 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
         question = {**rollout, "rows": inputs}
         with self._timer(seconds, "time/teacher_scoring"):
             self.teacher.start(question)
-        student_logps = self._student_logps(rollout, seconds)
-        with self._timer(seconds, "time/teacher_scoring"), torch.no_grad():
-            teacher_logps = self.teacher.per_token_logps(question)
+        comparison = (
+            self._compare_distributions(rollout, question, seconds) if looks_at_vocabulary(self.args) else None
+        )
+        student_logps = self._student_logps(rollout, comparison, seconds)
+        teacher_logps = self._teacher_logps(question, comparison, seconds)
         unknown = teacher_logps.isnan() & valid_tokens(rollout)
         leave_out(rollout, unknown, gather)
         check_finite("teacher", teacher_logps, rollout, valid_tokens(rollout), self._tokenizer)
@@ -173,20 +177,27 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
         mask = valid_tokens(rollout) & student_logps.isfinite()
         scores = token_scores(teacher_logps, student_logps, mask)
         clamped = clamp_scores(scores, mask, self.args.score_clip)
+        relative, population, variances = clamped, clamped, None
+        if comparison is not None:
+            relative, population, variances = self._population(clamped, mask, comparison)
 
         # Whitened over all valid tokens of the generation batch, on all ranks and in all accumulation steps.
         moments = population_moments(
-            clamped,
+            population,
             mask,
             normalization=self.args.advantage_normalization,
             num_generations=self.num_generations if mode == "train" else self.num_generations_eval,
             gather=gather,
             process_index=self.accelerator.process_index,
+            variances=variances,
         )
-        advantages, undefined = normalize(clamped, mask, moments, self.args.std_floor)
-        rollout["advantages"] = advantages
+        rollout["advantages"], undefined = normalize(
+            relative, mask, moments, self.args.std_floor, subtract_mean=self.args.score_baseline is None
+        )
         if self._uses_sampling_logps():  # these are estimates for the logs then; the loss makes its own
-            rollout["teacher_per_token_logps"], rollout["score_moments"] = teacher_logps, moments
+            rollout["teacher_per_token_logps"] = teacher_logps
+        if "teacher_per_token_logps" in rollout or "teacher_hidden_states" in rollout:
+            rollout["score_moments"] = moments
 
         self._log_teacher(mode, rollout, seconds, scores, (teacher_logps, student_logps), undefined, unknown, mask)
         return rollout
@@ -195,7 +206,18 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
         # Evaluation may sample at another temperature, and a pass more costs little there.
         return self.args.use_sampling_logps and self.model.training
 
-    def _student_logps(self, rollout: dict[str, Any], seconds: dict[str, float]) -> torch.Tensor:
+    def _teacher_logps(
+        self, question: dict[str, Any], comparison: Comparison | None, seconds: dict[str, float]
+    ) -> torch.Tensor:
+        """Log-probs `(B, T)` of the sampled tokens under the teacher."""
+        if comparison is not None:
+            return comparison.teacher_logps
+        with self._timer(seconds, "time/teacher_scoring"), torch.no_grad():
+            return self.teacher.per_token_logps(question)
+
+    def _student_logps(
+        self, rollout: dict[str, Any], comparison: Comparison | None, seconds: dict[str, float]
+    ) -> torch.Tensor:
         """Log-probs `(B, T)` of the sampled tokens under the student: the training engine's, or the sampler's."""
         if self._uses_sampling_logps():
             if "sampling_per_token_logps" not in rollout:
@@ -207,8 +229,11 @@ class GNDPOTrainer(SequenceTokenMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
         logps = rollout.get("old_per_token_logps")
         if logps is None:
             # Not for the loss: one optimizer step uses this batch, and TRL compares the loss's own log-probs then.
-            with self._timer(seconds, "time/student_scoring"):
-                logps = self._per_token_logps(self.model, rollout)
+            if comparison is not None:
+                logps = comparison.student_logps
+            else:
+                with self._timer(seconds, "time/student_scoring"):
+                    logps = self._per_token_logps(self.model, rollout)
             self._watch_sampling_logps(rollout, logps)
         check_finite("student", logps, rollout, valid_tokens(rollout), self._tokenizer)
         return logps

@@ -1,15 +1,31 @@
 """Forward passes over real tokens, in scoring and in the loss, for any `GRPOTrainer`."""
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate.utils import gather
 
+from .hidden_states import Collector, HiddenStates
 from .microbatches import LeftAligned, Regrouping, plan_by_length, select_rows
 from .modes import evaluating
 from .sharing import SharingMixin
-from .trl_hooks import MULTIMODAL_KEYS, ROW_MEAN_LOSSES, ROW_METRICS, TOKEN_SUM_LOSSES, real_tokens_in_lm_head
+from .trl_hooks import (
+    MULTIMODAL_KEYS,
+    ROW_MEAN_LOSSES,
+    ROW_METRICS,
+    TOKEN_SUM_LOSSES,
+    HeadCall,
+    HeadFields,
+    lm_head_read_by,
+    real_tokens_in_lm_head,
+)
+
+
+# Gets the place of each scored position, `row * T + token` of the batch, and what the LM head got.
+HeadReader = Callable[[torch.Tensor, HeadCall], HeadFields]
 
 
 class RealTokensMixin(SharingMixin):
@@ -39,6 +55,7 @@ class RealTokensMixin(SharingMixin):
             and self.pad_to_multiple_of is None
         )
         self._regrouping = None
+        self._head_reader = None
         self._window_metrics = {}  # of the micro-batches since the last optimizer step: name -> [(value, weight)]
 
     def _per_token_logps(self, model: torch.nn.Module, rollout: dict[str, Any]) -> torch.Tensor:
@@ -55,6 +72,29 @@ class RealTokensMixin(SharingMixin):
                 **{key: rollout[key] for key in MULTIMODAL_KEYS if key in rollout},
             )
         return logps
+
+    def _hidden_states(self, model: torch.nn.Module, rollout: dict[str, Any]) -> HiddenStates:
+        """Last hidden states of a rollout's completion tokens, where `_per_token_logps` gives their log-probs."""
+        collector = Collector(rollout["completion_mask"])
+        with self._reading_head(collector):
+            self._per_token_logps(model, rollout)
+        return collector.collected()
+
+    @contextmanager
+    def _reading_head(self, reader: HeadReader) -> Iterator[None]:
+        """Passes in this context hand hidden states and LM head to `reader`, which says what the head returns."""
+        self._head_reader = reader
+        try:
+            yield
+        finally:
+            self._head_reader = None
+
+    def _read_head(self, places: torch.Tensor | None):
+        """Context of a pass whose scored positions are those of `places`; `None` for passes that nobody reads."""
+        if places is None:
+            return nullcontext()
+        reader = self._head_reader
+        return lm_head_read_by(lambda call: reader(places, call))
 
     def _prepare_inputs(self, generation_batch):
         before = self._buffered_inputs
@@ -109,6 +149,9 @@ class RealTokensMixin(SharingMixin):
             "completion_mask": attention_mask[:, -logits_to_keep:],
             **multimodal,
         }
+        if self._head_reader is not None:
+            places = torch.arange(rows["completion_ids"].numel(), device=input_ids.device)
+            batch["places"] = places.view(rows["completion_ids"].shape)
         if batch_size is None:  # a micro-batch of the loss
             prompts = self._prompts_of_micro_batch(model, rows)
             if prompts is not None:
@@ -141,9 +184,12 @@ class RealTokensMixin(SharingMixin):
     def _forward(self, model, batch: dict[str, Any], logits_to_keep: int, **options):
         """TRL's forward pass on rows without the padding between and before them; results are `(B, T)` as in TRL."""
         score = super()._get_per_token_logps_and_entropies
-        attention_mask = batch["attention_mask"]
+        attention_mask, places = batch["attention_mask"], batch.pop("places", None)
+        if places is not None:  # positions are scored row after row
+            places = places[attention_mask[:, -logits_to_keep:].bool()]
         if self.pad_to_multiple_of is not None:  # asked for padding, to compile few shapes
-            return score(model, logits_to_keep=logits_to_keep, **batch, **options)
+            with self._read_head(places):
+                return score(model, logits_to_keep=logits_to_keep, **batch, **options)
         rows = LeftAligned(attention_mask, logits_to_keep)
         for key in {"input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids"} & batch.keys():
             batch[key] = rows.align(batch[key])
@@ -151,7 +197,7 @@ class RealTokensMixin(SharingMixin):
         def forward(labels, **inputs):
             return model(labels=rows.mask_labels(labels), **inputs)
 
-        with real_tokens_in_lm_head(attention_mask.device):
+        with real_tokens_in_lm_head(attention_mask.device), self._read_head(places):
             logps, entropies, aux_loss = score(forward, logits_to_keep=rows.logits_to_keep, **batch, **options)
         return rows.restore(logps), entropies if entropies is None else rows.restore(entropies), aux_loss
 

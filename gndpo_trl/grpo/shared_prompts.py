@@ -124,6 +124,10 @@ class SharedPrompts:
         following = input_ids[self.rows, (self.columns + 1).clamp(max=input_ids.size(1) - 1)]
         return following.masked_fill(~self.is_scored, -100).unsqueeze(0)
 
+    def scored(self, values: torch.Tensor) -> torch.Tensor:
+        """`(B, T)` values per completion token as `(N,)`, in the order in which their branches score them."""
+        return values[self.rows[self.is_scored], self.columns[self.is_scored] + 1 - self.width]
+
     def positions(self, prompt_positions: torch.Tensor | None = None) -> torch.Tensor:
         """
         Position ids of the packed row, `(1, L)`.

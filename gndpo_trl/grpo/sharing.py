@@ -88,7 +88,9 @@ class SharingMixin:
         """TRL's forward pass on a packed row; results are `(B, T)` as in TRL."""
         shared = SharedPrompts(batch["attention_mask"], logits_to_keep, prompts)
         shared.branches.problems = problems
-        all_input_ids = batch["input_ids"]
+        all_input_ids, places = batch["input_ids"], batch.pop("places", None)
+        if places is not None:
+            places = shared.scored(places)
         core = core_of(self._core(model))
 
         def forward(input_ids, attention_mask, labels, mm_token_type_ids=None, **inputs):
@@ -113,7 +115,7 @@ class SharingMixin:
             return SimpleNamespace(log_probs=shared.restore(outputs.log_probs), entropy=entropy)
 
         questions = select_rows(batch, shared.first_rows)
-        with real_tokens_in_lm_head(all_input_ids.device):
+        with real_tokens_in_lm_head(all_input_ids.device), self._read_head(places):
             results = super()._get_per_token_logps_and_entropies(
                 forward, logits_to_keep=logits_to_keep, **questions, **options
             )

@@ -4,8 +4,10 @@
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 import trl.trainer.utils
@@ -15,6 +17,7 @@ from trl.trainer.utils import (
     add_fused_lm_head,
     create_model_from_path,
     get_config_model_id,
+    maybe_gather_lm_head_ctx,
     nanstd,
     split_pixel_values_by_grid,
     unsplit_pixel_values_by_grid,
@@ -32,9 +35,13 @@ __all__ = [
     "ROW_METRICS",
     "TRAINER_STATE_NAME",
     "TOKEN_SUM_LOSSES",
+    "HeadCall",
+    "HeadFields",
     "add_fused_lm_head",
     "create_model_from_path",
     "get_config_model_id",
+    "lm_head_read_by",
+    "maybe_gather_lm_head_ctx",
     "nanstd",
     "prepare_deepspeed",
     "prepare_fsdp",
@@ -156,6 +163,49 @@ def real_tokens_in_lm_head(device: torch.device) -> Iterator[None]:
         yield
     finally:
         trl.trainer.utils._use_triton = asks
+
+
+# Per-token fields of TRL's fused LM head, each `(N,)` or None: log-probs, entropies, and three more.
+HeadFields = tuple[torch.Tensor | None, ...]
+
+
+@dataclass
+class HeadCall:
+    """What TRL's fused LM head gets from a forward pass at the `N` positions that it scores, row after row."""
+
+    hidden: torch.Tensor  # (N, H)
+    weight: torch.Tensor  # (V, H)
+    bias: torch.Tensor | None  # (V,)
+    ids: torch.Tensor  # (N,)
+    temperature: float
+    softcap: float | None
+    scale: float
+    compute: Callable[[], HeadFields]  # what TRL would do with it
+
+
+@contextmanager
+def lm_head_read_by(reader: Callable[[HeadCall], HeadFields]) -> Iterator[None]:
+    """
+    Have TRL's fused LM head hand hidden states and weights to `reader`, which says what the head returns.
+
+    The head projects the scored positions alone, on all devices. Nothing else of the forward pass changes: weights are
+    gathered as TRL does, and gradients flow through what `reader` returns.
+    """
+    original, asks = trl.trainer.utils._ChunkedLogProbFunction, trl.trainer.utils._use_triton
+
+    def apply(hidden, weight, bias, ids, temperature, chunk_size, softcap, scale, outputs):
+        def compute():
+            arguments = (hidden, weight, bias, ids, temperature, chunk_size, softcap, scale, outputs)
+            return original.apply(*arguments)
+
+        return reader(HeadCall(hidden, weight, bias, ids, temperature, softcap, scale, compute))
+
+    trl.trainer.utils._ChunkedLogProbFunction = SimpleNamespace(apply=apply)
+    trl.trainer.utils._use_triton = lambda device: True
+    try:
+        yield
+    finally:
+        trl.trainer.utils._ChunkedLogProbFunction, trl.trainer.utils._use_triton = original, asks
 
 
 @contextmanager

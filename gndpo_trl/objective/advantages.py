@@ -78,7 +78,30 @@ def merge_moments(moments: torch.Tensor, dim: int = 0) -> torch.Tensor:
     return torch.stack([count.sum(dim), total.sum(dim), (centred + count * shift.square()).sum(dim)], dim=-1)
 
 
-def whiten(scores: torch.Tensor, mask: torch.Tensor, moments: torch.Tensor, std_floor: float = 0.0) -> torch.Tensor:
+def shift_and_scale(moments: torch.Tensor, std_floor: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    What whitening does to the scores of a population: `(score - shift) * scale`.
+
+    Args:
+        moments (`torch.Tensor` of shape `(..., 3)`): Moments of the population.
+        std_floor (`float`, *optional*, defaults to `0.0`): Lower bound of the standard deviation, in nats.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]` of shape `(...)` and dtype float64: the mean, and one over the standard
+        deviation, or 0 for a population of fewer than two tokens, which has none.
+    """
+    count, total, centred = moments.unbind(-1)
+    std = (centred / (count - 1).clamp(min=1) + VARIANCE_EPSILON).sqrt().clamp(min=std_floor)
+    return total / count.clamp(min=1), (1 / std).masked_fill(count < 2, 0.0)
+
+
+def whiten(
+    scores: torch.Tensor,
+    mask: torch.Tensor,
+    moments: torch.Tensor,
+    std_floor: float = 0.0,
+    subtract_mean: bool = True,
+) -> torch.Tensor:
     """
     Scores shifted and scaled by the moments of their population: `(score - μ) / max(sqrt(σ² + 1e-8), std_floor)`.
 
@@ -89,15 +112,17 @@ def whiten(scores: torch.Tensor, mask: torch.Tensor, moments: torch.Tensor, std_
         mask (`torch.Tensor` of shape `(B, T)`): Nonzero on valid tokens.
         moments (`torch.Tensor` of shape `(3,)` or `(B, 3)`): Moments of the population each row is compared with.
         std_floor (`float`, *optional*, defaults to `0.0`): Lower bound of the standard deviation, in nats.
+        subtract_mean (`bool`, *optional*, defaults to `True`): Whether to subtract `μ`; not where each score is already
+            relative to an expectation of its own.
 
     Returns:
         `torch.Tensor` of shape `(B, T)`, of the dtype of `scores`: advantages, 0 on masked tokens.
     """
-    count, total, centred = moments.unsqueeze(-2).unbind(-1)  # each (1,) or (B, 1)
-    mean = total / count.clamp(min=1)
-    std = (centred / (count - 1).clamp(min=1) + VARIANCE_EPSILON).sqrt().clamp(min=std_floor)
-    advantages = ((as_float64(scores) - mean) / std).masked_fill(count < 2, 0.0)
-    return advantages.to(scores).masked_fill(mask == 0, 0.0)
+    mean, scale = (value.unsqueeze(-1) for value in shift_and_scale(moments, std_floor))  # each (1,) or (B, 1)
+    advantages = as_float64(scores)
+    if subtract_mean:
+        advantages = advantages - mean
+    return (advantages * scale).to(scores).masked_fill(mask == 0, 0.0)
 
 
 def clamp_scores(scores: torch.Tensor, mask: torch.Tensor, score_clip: float | None) -> torch.Tensor:
@@ -114,9 +139,13 @@ def population_moments(
     num_generations: int = 1,
     gather: Callable[[torch.Tensor], torch.Tensor] = lambda moments: moments,
     process_index: int = 0,
+    variances: torch.Tensor | None = None,
 ) -> torch.Tensor | None:
     """
     Moments of the population that each completion is compared with; the arguments are those of [`compute_advantages`].
+
+    With `variances` (`(B, T)`), the scores are expectations, each of a distribution with that variance, and the moments
+    are those of all these distributions together.
 
     Returns:
         `torch.Tensor` of shape `(B, 3)` and dtype float64, or `None` for `normalization="none"`.
@@ -126,6 +155,8 @@ def population_moments(
     if normalization == "none":
         return None
     rows = row_moments(scores, mask)
+    if variances is not None:
+        rows[:, 2] += as_float64(variances.masked_fill(mask == 0, 0.0)).sum(-1)
     if normalization == "global":
         return merge_moments(gather(merge_moments(rows).unsqueeze(0))).expand_as(rows)
     if normalization == "group":
@@ -136,7 +167,11 @@ def population_moments(
 
 
 def normalize(
-    scores: torch.Tensor, mask: torch.Tensor, moments: torch.Tensor | None, std_floor: float = 0.0
+    scores: torch.Tensor,
+    mask: torch.Tensor,
+    moments: torch.Tensor | None,
+    std_floor: float = 0.0,
+    subtract_mean: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
     Advantages of clamped scores, given the moments of the population that each completion is compared with.
@@ -146,13 +181,14 @@ def normalize(
         mask (`torch.Tensor` of shape `(B, T)`): Nonzero on valid tokens.
         moments (`torch.Tensor` of shape `(B, 3)` or `None`): Result of [`population_moments`].
         std_floor (`float`, *optional*, defaults to `0.0`): See [`whiten`].
+        subtract_mean (`bool`, *optional*, defaults to `True`): See [`whiten`].
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: as [`compute_advantages`].
     """
     if moments is None:  # "none" has no population
         return scores, torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-    return whiten(scores, mask, moments, std_floor), (moments[:, 0] < 2).to(scores.device)
+    return whiten(scores, mask, moments, std_floor, subtract_mean), (moments[:, 0] < 2).to(scores.device)
 
 
 def compute_advantages(

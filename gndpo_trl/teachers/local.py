@@ -10,11 +10,12 @@ from accelerate import Accelerator
 from accelerate.utils import is_peft_model
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..grpo.hidden_states import HiddenStates
 from ..grpo.rollouts import check_finite, valid_tokens
 from ..grpo.trl_hooks import add_fused_lm_head, create_model_from_path, prepare_deepspeed, prepare_fsdp
 from .compatibility import ModelDescription, ProcessingClass, check_compatibility, describe
 from .offload import OffloadedWeights
-from .teacher import Score, Teacher
+from .teacher import ReadHiddenStates, Score, Teacher
 
 
 # The student is scored at the sampling temperature, since that is the distribution it sampled from. The teacher is
@@ -113,6 +114,19 @@ class LocalTeacher(Teacher):
             `ValueError`: if a completion holds a token id that the teacher has no embedding for, or if a valid token's
                 log-prob is not finite.
         """
+        self._check_ids(rollout)
+        with self.on_device():
+            logps = self.score(self.model, rollout)
+        check_finite("teacher", logps, rollout, valid_tokens(rollout), self.tokenizer)
+        return logps
+
+    def hidden_states(self, rollout: dict[str, Any], read: ReadHiddenStates) -> HiddenStates:
+        """See [`Teacher`]; raises `ValueError` as `per_token_logps` does for ids that the teacher does not have."""
+        self._check_ids(rollout)
+        with self.on_device():
+            return read(self.model, rollout)
+
+    def _check_ids(self, rollout: dict[str, Any]) -> None:
         largest = rollout["completion_ids"].max().item()
         if largest >= self.vocab_size:
             raise ValueError(
@@ -120,10 +134,6 @@ class LocalTeacher(Teacher):
                 "only. Such ids are padding of the student's vocabulary; keep the sampler from drawing them "
                 "(`generation_kwargs`, e.g. `suppress_tokens` or vLLM's `allowed_token_ids`)."
             )
-        with self.on_device():
-            logps = self.score(self.model, rollout)
-        check_finite("teacher", logps, rollout, valid_tokens(rollout), self.tokenizer)
-        return logps
 
     def _load(self, student: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
         init_kwargs = dict(self.init_kwargs)

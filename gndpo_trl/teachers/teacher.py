@@ -7,10 +7,12 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, TrainerCallback
 
+from ..grpo.hidden_states import HiddenStates
 from .compatibility import ModelDescription
 
 
 Score = Callable[[torch.nn.Module, dict[str, Any]], torch.Tensor]
+ReadHiddenStates = Callable[[torch.nn.Module, dict[str, Any]], HiddenStates]
 
 
 class Teacher(TrainerCallback):
@@ -84,6 +86,22 @@ class Teacher(TrainerCallback):
             anything.
         """
         raise NotImplementedError(f"{type(self).__name__} has no `per_token_logps`.")
+
+    def hidden_states(self, rollout: dict[str, Any], read: ReadHiddenStates) -> HiddenStates:
+        """
+        What the teacher knows of every token of the vocabulary at the sampled positions, for `score_baseline="expected"`
+        and `estimator="exact"`, which then ask for this instead of `per_token_logps`. A teacher that has it is a model in
+        this process; the others leave it out, and are refused for these two.
+
+        Args:
+            rollout (`dict`): The batch that `start` was called with.
+            read (`Callable`): `read(model, rollout)` gives the hidden states of a rollout's completions under a model, under
+                the conditions of `score`.
+
+        Returns:
+            [`HiddenStates`]
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no `hidden_states`.")
 
     def save_state(self, folder: str) -> None:
         """Write what changes during a run into the folder of a checkpoint. Called on all ranks."""

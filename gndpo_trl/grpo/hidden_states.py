@@ -1,0 +1,58 @@
+"""Last hidden states of completion tokens, and the LM head that makes distributions of them."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..objective.distributions import LMHead
+from .trl_hooks import HeadCall, HeadFields
+
+
+@dataclass
+class HiddenStates:
+    """
+    What a model knows of the completions of a rollout.
+
+    Attributes:
+        rows (`list[torch.Tensor]`): For each completion its `(T_i, H)` last hidden states, those that predict its tokens, in
+            CPU memory and in the dtype that the head computes in.
+        head ([`LMHead`]): The model's. Under ZeRO-3 its weights are whole only where they are gathered.
+    """
+
+    rows: list[torch.Tensor]
+    head: LMHead
+
+
+def head_of(call: HeadCall) -> LMHead:
+    """The head as TRL's fused one computes it: in the dtype of autocast, if that is on."""
+    device_type = call.hidden.device.type
+    is_cast = torch.is_autocast_enabled(device_type)
+    dtype = torch.get_autocast_dtype(device_type) if is_cast else call.hidden.dtype
+    return LMHead(call.weight, call.bias, dtype, call.temperature, call.softcap, call.scale)
+
+
+class Collector:
+    """
+    Reads the hidden states of forward passes that score a rollout, in whichever order and grouping they do that. The
+    log-probs of these passes are zeros: the head projects nothing.
+
+    Args:
+        completion_mask (`torch.Tensor` of shape `(B, T)`): The rollout's.
+    """
+
+    def __init__(self, completion_mask: torch.Tensor):
+        self.num_rows, self.width = completion_mask.shape
+        self.rows, self.head = {}, None
+
+    def __call__(self, places: torch.Tensor, call: HeadCall) -> HeadFields:
+        self.head = head_of(call)
+        order = places.argsort()
+        hidden = call.hidden.detach()[order].to("cpu", self.head.dtype)
+        rows, lengths = (places[order] // self.width).unique_consecutive(return_counts=True)
+        for row, of_row in zip(rows.tolist(), hidden.split(lengths.tolist()), strict=True):
+            self.rows[row] = of_row.clone()  # memory of its own: no row keeps the others when the batch is split
+        self.nothing = hidden[:0].clone()
+        return call.hidden.new_zeros(len(places), dtype=torch.float32), None, None, None, None
+
+    def collected(self) -> HiddenStates:
+        return HiddenStates([self.rows.get(row, self.nothing) for row in range(self.num_rows)], self.head)
