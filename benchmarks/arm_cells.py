@@ -32,6 +32,12 @@ ARMS = {
     "sequence": Arm(options={"advantage_normalization": "sequence"}),
     "global-dapo": Arm(options={"loss_type": "dapo"}),
     "none-dapo": Arm(options={"advantage_normalization": "none", "loss_type": "dapo"}),
+    "expected": Arm(options={"score_baseline": "expected"}),
+    "expected-none": Arm(options={"score_baseline": "expected", "advantage_normalization": "none"}),
+    "exact": Arm(options={"estimator": "exact"}),
+    "exact-none": Arm(options={"estimator": "exact", "advantage_normalization": "none"}),
+    "exact-dapo": Arm(options={"estimator": "exact", "loss_type": "dapo"}),
+    "exact-dapo-raw": Arm(options={"estimator": "exact", "loss_type": "dapo", "score_clip": None}),
     # In the benchmark alone.
     "scale": Arm(transform="scale"),
     "center": Arm(transform="center"),

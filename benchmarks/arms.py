@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -92,14 +93,21 @@ def build(task: str, seed: int, which: str, output_dir: Path, smoke: bool) -> No
     build_once(task, SMOKE_TASK if smoke else TASKS[task], seed, which, output_dir)
 
 
-def run(cell: Cell, output_dir: Path, smoke: bool, jobs: int) -> float:
+def code_version() -> str:
+    """The commit that runs, with a `+` where files differ from it."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty=+"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
+def run(cell: Cell, output_dir: Path, smoke: bool, jobs: int, commit: str) -> float:
     """In a worker: run a cell and write its row. Returns its seconds."""
     from arm_runs import run_cell
 
     start, load = time.perf_counter(), os.getloadavg()[0]
     row = run_cell(**asdict(cell), output_dir=output_dir, smoke=smoke)
     seconds = time.perf_counter() - start
-    row.update(cell_seconds=seconds, jobs=jobs, load=load, time=time.strftime("%Y-%m-%d %H:%M", time.gmtime()))
+    row.update(cell_seconds=seconds, jobs=jobs, load=load, commit=commit)
+    row["time"] = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
     write_whole(output_dir / "cells" / f"{cell.name}.json", lambda partial: partial.write_text(json.dumps(row)))
     return seconds
 
@@ -148,7 +156,8 @@ def main() -> int:
             ]
             for future in as_completed(builds):
                 future.result()
-            futures = {pool.submit(run, cell, args.output_dir, args.smoke, args.jobs): cell for cell in cells}
+            options = (args.output_dir, args.smoke, args.jobs, code_version())
+            futures = {pool.submit(run, cell, *options): cell for cell in cells}
             for count, future in enumerate(as_completed(futures), 1):
                 name = futures[future].name
                 try:
