@@ -89,7 +89,7 @@ class Regime:
         options: Fields of the configuration of every arm.
         prompts, num_generations: Of a generation batch, which is the batch of one optimizer step.
         teacher: `"teacher"`; `"outliers"`, the same but sure of a random token at two of a hundred positions; or
-            `"student"`, the student itself.
+            `"student"`, the student itself with its weights in bfloat16, so that scores are rounding errors.
     """
 
     options: dict[str, Any] = field(default_factory=dict)

@@ -66,6 +66,13 @@ def load_model(path: Path) -> PreTrainedModel:
     return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
 
 
+@torch.no_grad()
+def round_weights(model: PreTrainedModel) -> None:
+    """Give a model the weights that it would have if it had been saved in bfloat16."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.bfloat16())
+
+
 class RememberingImageProcessor(CLIPImageProcessorPil):
     """Processes an image once, however often the trainers hand it over: twice per step for each completion."""
 

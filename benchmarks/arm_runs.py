@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from arm_cells import ARMS, REGIMES, SMOKE_REGIME, SMOKE_TASK, TASKS
-from arm_models import Evaluation, Evaluator, build_once, load_model, load_processor
+from arm_models import Evaluation, Evaluator, build_once, load_model, load_processor, round_weights
 from arm_trainers import build_trainer
 from datasets import load_from_disk
 from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
@@ -66,6 +66,8 @@ def run_cell(
     paths = {which: build_once(task, size, seed, which, output_dir) for which in ("data", "teacher", "student")}
     student = load_model(paths["student"])
     teacher = load_model(paths["student" if conditions.teacher == "student" else "teacher"])
+    if conditions.teacher == "student":
+        round_weights(teacher)
     if conditions.teacher == "outliers":
         add_outliers(teacher)
     processor = load_processor(paths["student"])

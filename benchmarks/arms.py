@@ -132,11 +132,11 @@ def main() -> int:
 
     rows = read_rows(args.results, args.output_dir)
     finished = finished_cells(rows)
-    # The seed varies last but one: a command that is stopped has whole cells of all arms rather than all cells of one.
+    # Seed by seed: a command that is stopped leaves arms that can be compared.
     wanted = [
         Cell(task, regime, arm, learning_rate, seed)
-        for task, regime, learning_rate, seed, arm in itertools.product(
-            args.tasks, args.regimes, args.learning_rates, args.seeds, args.arms
+        for task, seed, regime, learning_rate, arm in itertools.product(
+            args.tasks, args.seeds, args.regimes, args.learning_rates, args.arms
         )
     ]
     cells = [cell for cell in dict.fromkeys(wanted) if cell not in finished]

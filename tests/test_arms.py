@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import arm_runs  # noqa: E402
 import arms  # noqa: E402
 import arms_report  # noqa: E402
+import gradient_noise  # noqa: E402
 import transforms  # noqa: E402
 from arm_cells import ARMS, REGIMES, SMOKE_TASK  # noqa: E402
 from arm_models import build_once, load_model, load_processor, tokenize  # noqa: E402
@@ -201,6 +202,46 @@ def test_the_smoke_form_keeps_away_from_the_real_rows(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["arms.py", "--smoke"])
     with pytest.raises(SystemExit):
         arms.main()
+
+
+# ---- noise of the gradient
+
+
+def test_noise_and_direction_are_those_of_the_distribution():
+    generator = torch.Generator().manual_seed(0)
+    signal, other = torch.zeros(2000), torch.zeros(2000)
+    signal[0], other[:2] = 3.0, 2.0
+    noise = torch.randn(50, 2000, generator=generator)
+    # Independent noise of variance 1 and 4 in each of 2,000 directions, and a part that both have.
+    numbers = gradient_noise.compare_gradients(signal + noise, other + 2 * noise)
+    assert numbers["noise"] == pytest.approx(2000 / 9, rel=0.15)
+    assert numbers["cosine"] == pytest.approx(0.5**0.5, abs=0.2)
+    assert numbers["norm"] == pytest.approx(2009**0.5, rel=0.05) and numbers["norm_max"] > numbers["norm"]
+
+
+def test_exact_gradient_is_that_of_the_reverse_kl():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 5, generator=generator).requires_grad_()
+    teacher = (3 * torch.randn(2, 3, 5, generator=generator)).log_softmax(-1)
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    batch = gradient_noise.Batch(logits.log_softmax(-1), teacher, torch.zeros(2, 3, dtype=torch.long), mask)
+    kl = (batch.student.exp() * (batch.student - teacher)).sum(-1)
+    (expected,) = torch.autograd.grad((kl[0].mean() + kl[1, 0]) / 2, logits, retain_graph=True)
+    (gradient,) = torch.autograd.grad(gradient_noise.objective(gradient_noise.REVERSE_KL, batch), logits)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_noise_of_every_arm_is_measured_and_kept(output_dir, tmp_path, monkeypatch, capsys):
+    results = tmp_path / "noise.parquet"
+    command = ["gradient_noise.py", "--smoke", "--seeds", "1", "--prompts", "2"]
+    monkeypatch.setattr(sys, "argv", [*command, "--output_dir", str(output_dir), "--results", str(results)])
+    assert gradient_noise.main() == 0 and gradient_noise.main() == 0
+    rows = pd.read_parquet(results)
+    arms_per_state = len(gradient_noise.SAMPLED) + len(gradient_noise.EXACT)
+    assert len(rows) == 5 * arms_per_state and capsys.readouterr().out.count("seed 1") == 5
+    # A student that is its teacher has scores of rounding: whitening makes a gradient of them as of any others.
+    own = rows[rows["student"] == "own-teacher"].set_index("arm")["norm"]
+    assert own["none"] < 0.1 * own["global"] and own["global, std_floor 0.1"] < 0.5 * own["global"]
 
 
 # ---- tables
