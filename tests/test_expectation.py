@@ -3,14 +3,19 @@
 import copy
 
 import pytest
+import tiny_models
 import torch
-from test_trainer import make_rollout
-from transformers import PreTrainedModel
+from peft import LoraConfig
+from test_trainer import gradients, make_rollout
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from trl import DistillationConfig, DistillationTrainer
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
 from gndpo_trl.grpo.rollouts import valid_tokens
 from gndpo_trl.grpo.trl_hooks import MULTIMODAL_KEYS
+from gndpo_trl.objective import distributions
+from gndpo_trl.objective.advantages import population_moments
+from gndpo_trl.teachers import Teacher
 
 
 BOTH = {"baseline": {"score_baseline": "expected"}, "exact": {"estimator": "exact"}}
@@ -156,3 +161,247 @@ def test_the_exact_gradient_is_that_of_distillation_trainer(make_trainer, checkp
     for name, parameter in trainer.model.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=0, atol=1e-6, msg=name)
         assert parameter.grad.abs().max() > 0
+
+
+# With an older student: the sequence ratio stands in front, and each token of the sum is clipped by its own sign
+
+
+def clipped_loss(model: PreTrainedModel, teacher: PreTrainedModel, rollout: dict, args: GNDPOConfig) -> torch.Tensor:
+    """The loss `"grpo"` of a student that has moved: a clipped surrogate for every token of the vocabulary."""
+    ours = all_log_probs(model, rollout)
+    with torch.no_grad():
+        theirs = all_log_probs(teacher, rollout)
+    mask = valid_tokens(rollout)
+    probs, scores = ours.detach().exp(), (theirs - ours.detach()).clamp(-args.score_clip, args.score_clip)
+    count, total, centred = rollout["score_moments"][0]
+    advantages = (scores - total / count) / (centred / (count - 1) + 1e-8).sqrt()
+    logps = ours.detach().gather(-1, rollout["completion_ids"].unsqueeze(-1)).squeeze(-1)
+    log_ratio = ((logps - rollout["old_per_token_logps"]) * mask).sum(-1) / mask.sum(-1)
+    ratio = log_ratio.exp()[:, None, None] * (ours - ours.detach()).exp()  # of each row, with each token's gradient
+    clipped = ratio.clamp(1 - args.epsilon, 1 + args.epsilon)
+    per_token = (probs * torch.minimum(ratio * advantages, clipped * advantages)).sum(-1)
+    return -((per_token * mask).sum(-1) / mask.sum(-1)).mean()
+
+
+@pytest.mark.parametrize("epsilon", [10.0, 0.003])
+def test_off_policy_gradients(make_trainer, epsilon):
+    trainer = make_trainer(
+        per_device_train_batch_size=8, num_iterations=2, estimator="exact", epsilon=epsilon, epsilon_high=epsilon
+    )
+    rollout = make_rollout(trainer)
+    student = double(trainer.model)
+    generator = torch.Generator().manual_seed(0)
+    for parameter, other in zip(trainer.model.parameters(), student.parameters(), strict=True):
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+        other.data.copy_(parameter.data)
+    clipped_loss(student, double(trainer.teacher.model), rollout, trainer.args).backward()
+    trainer.current_gradient_accumulation_steps = 1
+    trainer._compute_loss(trainer.model, rollout).backward()
+    for (name, parameter), other in zip(trainer.model.named_parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad.double(), other.grad, rtol=0, atol=1e-5, msg=name)
+        assert parameter.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("loss_type", ["dapo", "dr_grpo", "bnpo", "luspo", "cispo"])
+def test_every_loss_that_goes_with_the_exact_estimator(make_trainer, loss_type):
+    """On policy, with completions of one length, they are the gradient of "grpo" times a constant."""
+    found = {}
+    for kind in ("grpo", loss_type):
+        trainer = make_trainer(
+            max_steps=1, per_device_train_batch_size=8, loss_type=kind, estimator="exact", max_grad_norm=0.0,
+            generation_kwargs={"min_new_tokens": 8, "max_new_tokens": 8},
+        )  # fmt: skip
+        found[kind] = gradients(trainer)
+    constant = {"luspo": 8.0, "cispo": 0.2}.get(loss_type, 1.0)  # a sum over tokens; the bound of the ratio
+    for name, gradient in found["grpo"].items():
+        torch.testing.assert_close(found[loss_type][name], constant * gradient, rtol=0, atol=1e-5, msg=name)
+
+
+# In the trainer's passes
+
+
+@pytest.mark.parametrize("options", BOTH.values(), ids=BOTH)
+def test_micro_batches_and_shared_prompts_change_nothing(make_trainer, options):
+    def run(**more):
+        trainer = make_trainer(max_steps=1, num_generations=4, **{**options, **more})
+        return gradients(trainer), trainer.state.log_history[0]
+
+    expected, metrics = run(per_device_train_batch_size=8, share_prompts=False)
+    layouts = [
+        {"per_device_train_batch_size": 8, "share_prompts": True},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "share_prompts": True},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4, "scoring_token_budget": 60},
+        {"per_device_train_batch_size": 8, "pad_to_multiple_of": 8},
+    ]
+    for layout in layouts:
+        found, others = run(**layout)
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5, msg=name)
+        for name in ("score/expected", "score/mean", "score/std", "advantages/std", "teacher/mean_logp"):
+            assert others[name] == pytest.approx(metrics[name], abs=1e-5), name
+
+
+@pytest.mark.parametrize("options", BOTH.values(), ids=BOTH)
+def test_nothing_of_the_size_of_a_batch_times_the_vocabulary_exists(make_trainer, options, monkeypatch):
+    monkeypatch.setattr(distributions, "CHUNK_CPU", 16)
+    trainer = make_trainer(per_device_train_batch_size=8, max_completion_length=64, **options)
+    make_rollout(trainer)  # what a first batch finds out is found out
+    vocab_size = trainer.model.config.vocab_size
+    largest = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                if isinstance(tensor, torch.Tensor) and tensor.ndim and tensor.size(-1) == vocab_size:
+                    largest.append(tensor.numel() // vocab_size)
+            return result
+
+    rollout = make_rollout(trainer)
+    tokens = rollout["completion_mask"].sum()
+    question = {**rollout, "rows": []}
+    with Watch():
+        trainer._compare_distributions(dict(rollout), question, {})
+    if "teacher_hidden_states" in rollout:
+        trainer.current_gradient_accumulation_steps = 1
+        loss = trainer._compute_loss(trainer.model, rollout)
+        with Watch():
+            loss.backward()
+    chunk = max(size for size in largest if size not in (32, 48))  # not the heads
+    assert chunk == 16 < tokens / 10
+
+
+def test_adapters_and_quantized_teachers(make_trainer):
+    options = {"load_in_8bit": True, "llm_int8_skip_modules": ["lm_head"]}
+    trainer = make_trainer(
+        estimator="exact",
+        teacher_model_name_or_path=make_trainer().teacher.model.config._name_or_path,
+        teacher_model_init_kwargs={"quantization_config": BitsAndBytesConfig(**options)},
+        trainer_options={"peft_config": LoraConfig(r=4, target_modules=["q_proj", "v_proj"])},
+    )
+    trainer.train()
+    assert all(entry["score/expected"] < 0 for entry in trainer.state.log_history if "score/expected" in entry)
+
+
+@pytest.mark.parametrize("options", [BOTH["baseline"], BOTH["exact"]], ids=["baseline", "exact"])
+def test_an_offloaded_teacher(make_trainer, options):
+    expected = gradients(make_trainer(max_steps=1, **options))
+    found = gradients(make_trainer(max_steps=1, teacher_offload=True, **options))
+    assert all(torch.equal(found[name], gradient) for name, gradient in expected.items())
+
+
+@pytest.mark.parametrize("options", [BOTH["baseline"], BOTH["exact"]], ids=["baseline", "exact"])
+def test_a_batch_without_valid_tokens_trains_nothing(make_trainer, options):
+    trainer = make_trainer(
+        mask_truncated_completions=True,
+        max_steps=1,
+        weight_decay=0.0,
+        generation_kwargs={"suppress_tokens": [2, 0]},
+        **options,
+    )
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.train()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in trainer.model.named_parameters())
+
+
+def test_tool_tokens_have_no_part(make_trainer, checkpoints):
+    """What a tool wrote is read, and neither scored nor trained on."""
+    trainer = make_trainer(per_device_train_batch_size=8, estimator="exact")
+    rollout = make_rollout(trainer)
+    tool_mask = torch.ones_like(rollout["completion_mask"])
+    tool_mask[:, 1:3] = 0
+    rollout["tool_mask"] = tool_mask
+    _, loss = plain(student := double(trainer.model), double(trainer.teacher.model), rollout, trainer.args)
+    loss.backward()
+    mask = valid_tokens(rollout)
+    comparison = trainer._compare_distributions({**rollout}, {**rollout, "rows": []}, {})
+    zeros = torch.zeros_like(comparison.mean)
+    _, population, variances = trainer._population(zeros, mask, comparison)
+    rollout["score_moments"] = population_moments(population, mask, variances=variances)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer._compute_loss(trainer.model, rollout).backward()
+    for (name, parameter), other in zip(trainer.model.named_parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad.double(), other.grad, rtol=0, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("options", BOTH.values(), ids=BOTH)
+def test_a_run_goes_on_from_the_middle_of_a_generation_batch(make_trainer, tmp_path, options):
+    options = {"save_strategy": "steps", "save_steps": 1, "num_iterations": 2, **options}
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), max_steps=4, **options)
+    whole.train()
+    make_trainer(output_dir=str(tmp_path / "parts"), max_steps=1, **options).train()
+    resumed = make_trainer(output_dir=str(tmp_path / "parts"), max_steps=4, **options)
+    resumed.train(resume_from_checkpoint=True)
+    for name, parameter in whole.model.state_dict().items():
+        assert torch.equal(parameter, resumed.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("options", [BOTH["baseline"], BOTH["exact"]], ids=["baseline", "exact"])
+def test_evaluation_and_half_precision(make_trainer, text_dataset, options):
+    trainer = make_trainer(bf16=True, trainer_options={"eval_dataset": text_dataset.select(range(4))}, **options)
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert metrics["eval_score/expected"] < 0
+    assert all(value == value for value in metrics.values() if isinstance(value, float))
+
+
+# Which teachers, vocabularies and options
+
+
+def test_vocabularies_that_are_padded_differently(make_trainer, tmp_path):
+    size = len(tiny_models.build_tokenizer())
+    larger = tiny_models.save(*tiny_models.build_qwen3(seed=1, vocab_size=size + 64), tmp_path / "larger")
+    trainer = make_trainer(per_device_train_batch_size=8, teacher_model=larger, estimator="exact")
+    rollout = make_rollout(trainer)
+    comparison = trainer._compare_distributions(dict(rollout), {**rollout, "rows": []}, {})
+    ours, theirs = (all_log_probs(double(model), rollout) for model in (trainer.model, trainer.teacher.model))
+    scores = (theirs[..., : ours.size(-1)] - ours).clamp(-5, 5)
+    expected = (ours.exp() * scores).sum(-1) * rollout["completion_mask"]
+    torch.testing.assert_close(comparison.mean.double(), expected, rtol=0, atol=1e-5)
+    make_trainer(teacher_model=larger, estimator="exact").train()
+
+
+def test_a_student_that_believes_in_ids_the_teacher_does_not_have(make_trainer, tmp_path):
+    size = len(tiny_models.build_tokenizer())
+    student, processing_class = tiny_models.build_qwen3(vocab_size=size + 64)
+    path = tiny_models.save(student, processing_class, tmp_path / "student")
+    with pytest.raises(ValueError, match=rf"of its probability to token ids that the teacher.*\({size} and above\)"):
+        make_trainer(model=path, score_baseline="expected").train()
+
+
+class Uniform(Teacher):
+    def per_token_logps(self, rollout):
+        return torch.full(rollout["completion_ids"].shape, -3.0)
+
+
+@pytest.mark.parametrize("options, field", [(BOTH["baseline"], "score_baseline"), (BOTH["exact"], "estimator")])
+def test_teachers_without_a_distribution_are_refused(make_trainer, options, field):
+    make_trainer(teacher_model=Uniform())
+    with pytest.raises(ValueError, match=rf"`{field}` is .*Uniform only knows the sampled tokens"):
+        make_trainer(teacher_model=Uniform(), **options)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"score_baseline": "mean"}, "`score_baseline` is 'mean'. Choose None or 'expected'"),
+        ({"estimator": "topk"}, "`estimator` is 'topk'. Choose one of 'sampled', 'exact'"),
+        (BOTH["exact"] | {"beta": 0.1}, "`beta` is 0.1, which does not go with"),
+        (BOTH["exact"] | {"importance_sampling_level": "token"}, '`importance_sampling_level` is .*"sequence_token"'),
+        (BOTH["exact"] | {"loss_type": "sapo"}, "`loss_type` is 'sapo'.*choose one of 'grpo', 'dapo'"),
+        (BOTH["exact"] | {"off_policy_mask_threshold": 0.5}, "`off_policy_mask_threshold` is 0.5"),
+        (BOTH["baseline"] | {"use_sampling_logps": True, "use_vllm": True}, "`use_sampling_logps` is True"),
+        (BOTH["baseline"] | {"torch_compile": True}, "`torch_compile` is True"),
+    ],
+)
+def test_options_that_do_not_go_together(make_config, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**options)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "sapo", "vespo"])
+@pytest.mark.parametrize("level", ["token", "sequence_token"])
+def test_the_baseline_goes_with_every_loss_and_level(make_trainer, loss_type, level):
+    trainer = make_trainer(score_baseline="expected", loss_type=loss_type, importance_sampling_level=level)
+    trainer.train()
+    assert trainer.state.global_step == 2

@@ -16,7 +16,7 @@ class HiddenStates:
     Attributes:
         rows (`list[torch.Tensor]`): For each completion its `(T_i, H)` last hidden states, those that predict its tokens, in
             CPU memory and in the dtype that the head computes in.
-        head ([`LMHead`]): The model's. Under ZeRO-3 its weights are whole only where they are gathered.
+        head ([`LMHead`]): The model's, with its parameters, which ZeRO-3 and FSDP shard.
     """
 
     rows: list[torch.Tensor]
@@ -54,5 +54,7 @@ class Collector:
         self.nothing = hidden[:0].clone()
         return call.hidden.new_zeros(len(places), dtype=torch.float32), None, None, None, None
 
-    def collected(self) -> HiddenStates:
+    def collected(self, lm_head: torch.nn.Module) -> HiddenStates:
+        """What was read; `lm_head` is the head as the model holds it, since FSDP frees what it gathers for a pass."""
+        self.head.weight, self.head.bias = lm_head.weight, lm_head.bias
         return HiddenStates([self.rows.get(row, self.nothing) for row in range(self.num_rows)], self.head)

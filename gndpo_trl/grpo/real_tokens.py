@@ -78,7 +78,7 @@ class RealTokensMixin(SharingMixin):
         collector = Collector(rollout["completion_mask"])
         with self._reading_head(collector):
             self._per_token_logps(model, rollout)
-        return collector.collected()
+        return collector.collected(self._core(model).get_output_embeddings())
 
     @contextmanager
     def _reading_head(self, reader: HeadReader) -> Iterator[None]:

@@ -12,10 +12,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
+from torch.distributed.tensor import DTensor
 
 
 # Positions of which both models' logits are held at once. On CPUs so few that they stay in the cache.
-CHUNK, CHUNK_CPU = 512, 64
+CHUNK, CHUNK_CPU = 256, 128
 
 
 @dataclass
@@ -40,8 +41,9 @@ class LMHead:
     scale: float = 1.0
 
     def on(self, device: torch.device) -> "LMHead":
-        """This head with its weights on a device, in the dtype that it computes in."""
-        weight, bias = (None if x is None else x.detach().to(device, self.dtype) for x in (self.weight, self.bias))
+        """This head with whole weights on a device, in the dtype that it computes in; all processes that share them ask."""
+        weight, bias = (x.full_tensor() if isinstance(x, DTensor) else x for x in (self.weight, self.bias))
+        weight, bias = (None if x is None else x.detach().to(device, self.dtype) for x in (weight, bias))
         return LMHead(weight, bias, self.dtype, self.temperature, self.softcap, self.scale)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,13 @@ CASES = {
     # The first teacher has three rows of the first process and none of the second.
     "routed": {"completions": COMPLETIONS, "routed": True},
     "teacher offloaded": {"completions": COMPLETIONS, "config": {"teacher_offload": True}},
+    "baseline": {"completions": COMPLETIONS, "config": {"score_baseline": "expected"}},
+    "exact": {"completions": COMPLETIONS, "config": {"estimator": "exact"}},
+    "exact, one rank masked": {
+        "completions": HALF_ENDED,
+        "config": {"estimator": "exact", "mask_truncated_completions": True},
+    },
+    "exact, images": {"completions": COMPLETIONS, "family": "internvl", "config": {"estimator": "exact"}},
 }
 
 
@@ -71,6 +78,13 @@ def gradients(run, start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ("token budget", "zero3", 2, 2),
         ("routed", "zero3", 2, 2),
         ("teacher offloaded", "zero2", 2, 2),
+        ("baseline", "zero3", 2, 2),
+        ("exact", "ddp", 2, 2),
+        ("exact", "zero2", 2, 2),
+        ("exact", "zero3", 2, 2),
+        ("exact", "fsdp2", 2, 2),
+        ("exact, one rank masked", "zero3", 2, 2),
+        ("exact, images", "zero3", 2, 2),
     ],
 )
 def test_two_processes_equal_one(launch, one_process, checkpoints, case, accelerate_config, batch_size, accumulation):
@@ -84,7 +98,7 @@ def test_two_processes_equal_one(launch, one_process, checkpoints, case, acceler
     assert advantages.keys() == expected.reports[0]["advantages"].keys()
     for word, row in expected.reports[0]["advantages"].items():
         assert advantages[word] == pytest.approx(row, abs=1e-5), word
-    if case == "one rank masked":
+    if case.endswith("one rank masked"):
         assert not any(any(row) for row in found.reports[1]["advantages"].values())
 
     family = CASES[case].get("family", "qwen3")
