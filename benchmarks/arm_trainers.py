@@ -75,6 +75,9 @@ def build_transform(name: str) -> Callable[[torch.Tensor, torch.Tensor, torch.Te
         return lambda teacher, student, mask: transforms.power(teacher, student, mask, exponent)
     if name == "running":
         return of_scores(transforms.Running())
+    if name.endswith("-sequence"):
+        transform = getattr(transforms, name.removesuffix("-sequence"))
+        return of_scores(lambda scores, mask: transform(scores, mask, by_sequence=True))
     return of_scores(getattr(transforms, name))
 
 

@@ -1,5 +1,5 @@
 """
-The tables and figures of `docs/evidence.md`, from the rows that `arms.py` has written.
+The tables and figures of `docs/evidence.md`, from the rows that `arms.py` and `gradient_noise.py` have written.
 
     python benchmarks/arms_report.py            # rewrites them in the document
     python benchmarks/arms_report.py --print    # prints the tables
@@ -177,6 +177,35 @@ def by_seed_of_models(rows: pd.DataFrame) -> str:
     return markdown(["task", "model", *(str(seed) for seed in seeds)], table)
 
 
+def noise_tables(rows: pd.DataFrame) -> dict[str, str]:
+    """One table for each student and teacher whose gradients `gradient_noise.py` has looked at."""
+    return {
+        f"noise-{student}-{teacher}": noise_table(part)
+        for (student, teacher), part in rows.groupby(["student", "teacher"], sort=False)
+    }
+
+
+def noise_table(rows: pd.DataFrame) -> str:
+    sizes = sorted(rows["prompts"].unique())
+    header = ["arm", *(f"noise, {4 * size} completions" for size in sizes)]
+    header += ["cosine", "norm", "largest / mean norm", "disliked rewarded, %"]
+    table = []
+    for arm in rows["arm"].unique():
+        by_size = {size: rows[(rows["arm"] == arm) & (rows["prompts"] == size)] for size in sizes}
+        largest = by_size[sizes[-1]]
+        table.append(
+            [
+                arm,
+                *(show(runs["noise"], "{:.2f}".format) for runs in by_size.values()),
+                show(largest["cosine"], "{:.3f}".format),
+                f"{largest['norm'].mean():.2g}",
+                f"{(largest['norm_max'] / largest['norm']).mean():.2f}",
+                show(largest["disliked"], percent),
+            ]
+        )
+    return markdown(header, table)
+
+
 def plot_accuracy(rows: pd.DataFrame, path: Path) -> None:
     """Accuracy against the learning rate: a panel for each regime, a line for each arm, the band its interval."""
     parts = list(trained(rows).groupby(["task", "regime"], sort=False))
@@ -234,20 +263,30 @@ def replace_tables(text: str, new: dict[str, str]) -> str:
     return "".join(parts) + text
 
 
+def read_results(path: Path) -> pd.DataFrame:
+    """Rows in the order of regimes."""
+    rows = pd.read_parquet(path)
+    rows["regime"] = pd.Categorical(rows["regime"], [regime for regime in REGIMES if regime in set(rows["regime"])])
+    return rows.sort_values(["task", "regime"], kind="stable").astype({"regime": str})
+
+
+def all_tables(results: Path, noise: Path) -> dict[str, str]:
+    return {**tables(read_results(results)), **noise_tables(pd.read_parquet(noise))}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "arms.parquet")
+    parser.add_argument("--noise", type=Path, default=ROOT / "benchmarks" / "gradient_noise.parquet")
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "evidence.md")
     parser.add_argument("--print", action="store_true", help="print the tables and write nothing")
     args = parser.parse_args()
-    rows = pd.read_parquet(args.results)
-    rows["regime"] = pd.Categorical(rows["regime"], [regime for regime in REGIMES if regime in set(rows["regime"])])
-    rows = rows.sort_values(["task", "regime"], kind="stable").astype({"regime": str})
-    new = tables(rows)
+    new = all_tables(args.results, args.noise)
     if args.print:
         print("\n\n".join(f"{name}\n\n{table}" for name, table in new.items()))
         return
     args.document.write_text(replace_tables(args.document.read_text(), new))
+    rows = read_results(args.results)
     plot_accuracy(rows, args.document.parent / "evidence_accuracy.png")
     plot_gradient_norms(rows, args.document.parent / "evidence_gradient_norm.png")
     print(f"Rewritten: {args.document} and its figures, from {len(rows)} rows")

@@ -35,12 +35,13 @@ from arm_cells import SMOKE_TASK, TASKS
 from arm_models import build_once, load_model, load_processor, round_weights, tokenize
 from arm_runs import add_outliers
 from arm_sampling import sample
+from arm_trainers import build_transform
 from arms import ROOT, write_whole
 from datasets import load_from_disk
 from digits_models import MAX_NEW_TOKENS
 from transformers import PreTrainedModel
 
-from gndpo_trl.objective.advantages import compute_advantages
+from gndpo_trl.objective.advantages import compute_advantages, normalize, population_moments
 
 
 RESULTS = ROOT / "benchmarks" / "gradient_noise.parquet"
@@ -75,39 +76,43 @@ def whitened(**options) -> Callable[[Batch], torch.Tensor]:
     )[0]
 
 
-def of_scores(transform: Callable) -> Callable[[Batch], torch.Tensor]:
-    return lambda batch: transform(batch.scores, batch.mask)
-
-
-def power(exponent: float) -> Callable[[Batch], torch.Tensor]:
-    return lambda batch: transforms.power(
-        batch.of_sampled(batch.teacher), batch.of_sampled(batch.student.detach()), batch.mask, exponent
+def transform(name: str) -> Callable[[Batch], torch.Tensor]:
+    function = build_transform(name)
+    return lambda batch: function(
+        batch.of_sampled(batch.teacher), batch.of_sampled(batch.student.detach()), batch.mask
     )
 
 
-def relative_to_expected(batch: Batch) -> torch.Tensor:
-    """Clamped scores minus the expected clamped score of their position under the student."""
-    student = batch.student.detach()
-    expected = (student.exp() * (batch.teacher - student).clamp(-SCORE_CLIP, SCORE_CLIP)).sum(-1)
-    return (batch.scores.clamp(-SCORE_CLIP, SCORE_CLIP) - expected).masked_fill(~batch.mask, 0.0)
+def expected(normalization: str) -> Callable[[Batch], torch.Tensor]:
+    """Clamped scores minus the expected clamped score of their position under the student, then only scaled."""
+
+    def advantages(batch: Batch) -> torch.Tensor:
+        student = batch.student.detach()
+        baseline = (student.exp() * (batch.teacher - student).clamp(-SCORE_CLIP, SCORE_CLIP)).sum(-1)
+        relative = (batch.scores.clamp(-SCORE_CLIP, SCORE_CLIP) - baseline).masked_fill(~batch.mask, 0.0)
+        moments = population_moments(relative, batch.mask, normalization=normalization)
+        return normalize(relative, batch.mask, moments, subtract_mean=False)[0]
+
+    return advantages
 
 
 # Arms that look at sampled tokens: advantages `(B, T)` of a batch.
 SAMPLED = {
     "none": whitened(normalization="none"),
     "raw": whitened(normalization="none", score_clip=None),
-    "center": of_scores(transforms.center),
-    "scale": of_scores(transforms.scale),
     "global": whitened(normalization="global"),
-    "global, std_floor 0.01": whitened(normalization="global", std_floor=0.01),
     "global, std_floor 0.1": whitened(normalization="global", std_floor=0.1),
     "group": whitened(normalization="group"),
     "sequence": whitened(normalization="sequence"),
-    "robust": of_scores(transforms.robust),
-    "tanh": of_scores(transforms.tanh),
-    "power-0.5": power(0.5),
-    "power-1": power(1.0),
-    "expected": relative_to_expected,
+    "expected": expected("global"),
+    "expected-sequence": expected("sequence"),
+    **{
+        name: transform(name)
+        for name in (
+            *("scale", "center", "scale-sequence", "center-sequence"),
+            *("robust", "tanh", "power-0.5", "power-1"),
+        )
+    },
 }
 
 # Arms that look at the whole vocabulary: the bound of the clamp.
@@ -208,7 +213,7 @@ def main() -> int:
     parser.add_argument("--students", nargs="+", default=list(STUDENTS), choices=STUDENTS)
     parser.add_argument("--teachers", nargs="+", default=["teacher", "outliers"], choices=["teacher", "outliers"])
     parser.add_argument("--prompts", nargs="+", type=int, default=[1, 4, 16], help="of a batch, 4 completions each")
-    parser.add_argument("--batches", type=int, default=40, help="of 16 prompts; more of smaller ones")
+    parser.add_argument("--batches", type=int, default=24, help="of 16 prompts; more of smaller ones")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "arms", help="where arms.py keeps models")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true", help="models that know nothing, two batches")

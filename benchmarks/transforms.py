@@ -20,29 +20,30 @@ MOMENTUM = 0.1
 NORMAL_MAD = 0.6745
 
 
-def moments(scores: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation of the valid scores, as the global normalization takes them."""
-    count, total, centred = merge_moments(row_moments(scores, mask))
+def moments(scores: torch.Tensor, mask: torch.Tensor, by_sequence: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of the valid scores, of the batch `()` or of each completion `(B, 1)`."""
+    rows = row_moments(scores, mask)
+    count, total, centred = (rows.unsqueeze(1) if by_sequence else merge_moments(rows)).unbind(-1)
     variance = centred / (count - 1).clamp(min=1)
     return (total / count.clamp(min=1)).float(), (variance + VARIANCE_EPSILON).sqrt().float()
 
 
-def scale(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def scale(scores: torch.Tensor, mask: torch.Tensor, by_sequence: bool = False) -> torch.Tensor:
     """
-    Clamped scores divided by their standard deviation, with their mean left in: the half of global normalization that
-    keeps the sign of every score. (Dr. GRPO, arXiv 2503.20783, takes GRPO's normalization apart the other way round.)
-    """
-    scores = clamp_scores(scores, mask, SCORE_CLIP)
-    return scores / moments(scores, mask)[1]
-
-
-def center(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """
-    Clamped scores without their mean, in nats: the other half, a constant baseline (Williams, 1992; as Dr. GRPO, arXiv
-    2503.20783, keeps it for the rewards of a group).
+    Clamped scores divided by their standard deviation, with their mean left in: the half of the normalization that keeps
+    the sign of every score. Over the batch, or over each completion.
     """
     scores = clamp_scores(scores, mask, SCORE_CLIP)
-    return (scores - moments(scores, mask)[0]).masked_fill(~mask, 0.0)
+    return scores / moments(scores, mask, by_sequence)[1]
+
+
+def center(scores: torch.Tensor, mask: torch.Tensor, by_sequence: bool = False) -> torch.Tensor:
+    """
+    Clamped scores without their mean, in nats: the other half, which over the batch is a constant baseline (Williams,
+    1992). Dr. GRPO (arXiv 2503.20783) takes GRPO's normalization apart in the same way, and keeps this half.
+    """
+    scores = clamp_scores(scores, mask, SCORE_CLIP)
+    return (scores - moments(scores, mask, by_sequence)[0]).masked_fill(~mask, 0.0)
 
 
 def robust(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -1,26 +1,21 @@
 """The comparison of arms: its transforms, its sampler, a tiny run of every arm, and the tables made of the rows."""
 
 import sys
-from pathlib import Path
 
+import arm_runs
+import arms
+import arms_report
+import gradient_noise
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import arm_runs  # noqa: E402
-import arms  # noqa: E402
-import arms_report  # noqa: E402
-import gradient_noise  # noqa: E402
-import transforms  # noqa: E402
-from arm_cells import ARMS, REGIMES, SMOKE_TASK  # noqa: E402
-from arm_models import build_once, load_model, load_processor, tokenize  # noqa: E402
-from arm_sampling import sample  # noqa: E402
-from arm_trainers import build_transform, train_order  # noqa: E402
-from datasets import Dataset, load_from_disk  # noqa: E402
+import transforms
+from arm_cells import ARMS, REGIMES, SMOKE_TASK
+from arm_models import build_once, load_model, load_processor, tokenize
+from arm_sampling import sample
+from arm_trainers import build_transform, train_order
+from datasets import Dataset, load_from_disk
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +37,9 @@ MASK = torch.tensor([[True, True, True], [True, True, False]])
     [
         ("scale", [[0.196116, -1.961161, 0.0], [0.392232, 0.392232, 0.0]]),
         ("center", [[1.0, -4.5, 0.5], [1.5, 1.5, 0.0]]),
+        # of each completion: standard deviations 3.041381 and 0, which is taken for 1e-4
+        ("scale-sequence", [[0.164399, -1.643990, 0.0], [10_000.0, 10_000.0, 0.0]]),
+        ("center-sequence", [[2.0, -3.5, 1.5], [0.0, 0.0, 0.0]]),
         # median 0.5, absolute deviations 0, 7.5, 0.5, 0.5, 0.5: (score - 0.5) / (0.5 / 0.6745), no further than 5
         ("robust", [[0.0, -5.0, -0.6745], [0.6745, 0.6745, 0.0]]),
         # the first batch starts the averages: variance 5.2 around the mean, not unbiased
@@ -188,14 +186,14 @@ def test_the_command_resumes(tmp_path, monkeypatch, capsys):
         str(tmp_path / "rows.parquet"),
     ]
     command += ["--learning_rates", "1e-3", "--seeds", "1"]
-    monkeypatch.setattr(sys, "argv", [*command, "--arms", "none"])
+    monkeypatch.setattr(sys, "argv", [*command, "--arms", "none", "student"])
     assert arms.main() == 0
+    assert list(pd.read_parquet(tmp_path / "rows.parquet")["arm"]) == ["none", "student"]
+    assert not list((tmp_path / "out" / "cells").glob("*.partial"))
     (tmp_path / "out" / "cells" / "digits-demo-none-lr0.001-seed1.json").unlink()  # the table is enough
-    monkeypatch.setattr(sys, "argv", [*command, "--arms", "none", "sft"])
     assert arms.main() == 0
-    assert "1 of 2 cells are there, 1 to run" in capsys.readouterr().out
-    rows = pd.read_parquet(tmp_path / "rows.parquet")
-    assert list(rows["arm"]) == ["none", "sft"] and not list((tmp_path / "out" / "cells").glob("*.partial"))
+    assert "2 of 2 cells are there, 0 to run" in capsys.readouterr().out
+    assert len(pd.read_parquet(tmp_path / "rows.parquet")) == 2
 
 
 def test_the_smoke_form_keeps_away_from_the_real_rows(monkeypatch):
@@ -291,3 +289,8 @@ def test_tables_of_a_document_are_replaced_and_nothing_else():
     new = arms_report.replace_tables(text, {"a": "| A |", "b": "| B |"})
     assert new == "before\n<!-- a -->\n| A |\n<!-- end -->\nbetween\n<!-- b -->\n| B |\n<!-- end -->\nafter"
     assert arms_report.replace_tables(new, {"a": "| A |", "b": "| B |"}) == new
+
+
+def test_the_document_holds_the_tables_of_the_committed_rows():
+    text = (arms.ROOT / "docs" / "evidence.md").read_text()
+    assert arms_report.replace_tables(text, arms_report.all_tables(arms.RESULTS, gradient_noise.RESULTS)) == text
