@@ -196,7 +196,7 @@ def noise_table(rows: pd.DataFrame) -> str:
         table.append(
             [
                 arm,
-                *(show(runs["noise"], "{:.2f}".format) for runs in by_size.values()),
+                *(show(runs["noise"], "{:.3g}".format) for runs in by_size.values()),
                 show(largest["cosine"], "{:.3f}".format),
                 f"{largest['norm'].mean():.2g}",
                 f"{(largest['norm_max'] / largest['norm']).mean():.2f}",
