@@ -1,5 +1,5 @@
 """
-What one optimizer step of on-policy distillation costs once the completions are there, in four trainers side by side.
+What one optimizer step of on-policy distillation costs once the completions are there, in several trainers side by side.
 
     python benchmarks/step_cost.py --json runs/step_cost.json
 
@@ -10,6 +10,8 @@ What one optimizer step of on-policy distillation costs once the completions are
     gndpo         GNDPO
     gndpo-logps   GNDPO with `use_sampling_logps`, which saves the student's scoring pass where the sampler is vLLM
     gndpo-rows    GNDPO with `share_prompts=False`: each prompt once for each of its completions
+    expected      GNDPO with `score_baseline="expected"`
+    exact         GNDPO with `estimator="exact"`
 
 All of them take their steps in turn, in one process, on the same completions, which are drawn once instead of sampled: with
 log-normal lengths of which the mean is 0.3 of the longest, and with equal lengths. Models have random weights. A step is
@@ -55,8 +57,11 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 import tiny_models  # noqa: E402  the image-text pair's processor, which needs no torchvision
 
 
-ARMS = ("grpo", "gspo", "distillation", "padded", "gndpo", "gndpo-logps", "gndpo-rows")
-PHASES = ("teacher scoring", "student scoring", "loss + backward", "optimizer", "TRL's bookkeeping", "GNDPO's own")
+ARMS = ("grpo", "gspo", "distillation", "padded", "gndpo", "gndpo-logps", "gndpo-rows", "expected", "exact")
+PHASES = (
+    *("teacher scoring", "student scoring", "distributions", "loss + backward", "optimizer"),
+    *("TRL's bookkeeping", "GNDPO's own"),
+)
 TEXT_TOKENS = 8000
 
 # Hidden size, intermediate size, layers, heads, of student and teacher. The LM head is half of the small student, and a
@@ -66,6 +71,7 @@ SIZES = {
     "small": ((128, 384, 4, 4), (256, 768, 4, 4)),
     "small-deep": ((128, 384, 12, 4), (192, 576, 12, 6)),
     "small-wide": ((256, 768, 4, 4), (768, 2304, 4, 12)),
+    "small-vocabulary": ((128, 384, 4, 4), (256, 768, 4, 4)),  # of 150,000
     "small-internvl": ((128, 384, 4, 4), (256, 768, 4, 4)),
     "small-whole-internvl": ((128, 384, 4, 4), (256, 768, 4, 4)),  # images of 256 tokens
     "qwen3": ((1024, 3072, 28, 16), (2048, 6144, 28, 16)),
@@ -97,7 +103,7 @@ def build_model(size: str, shape: tuple[int, int, int, int], dtype: torch.dtype,
     hidden_size, intermediate_size, layers, heads = shape
     is_small = size.startswith("small")
     text = {
-        "vocab_size": TEXT_TOKENS if is_small else 151_936,
+        "vocab_size": {"small-vocabulary": 150_000}.get(size, TEXT_TOKENS) if is_small else 151_936,
         "hidden_size": hidden_size,
         "intermediate_size": intermediate_size,
         "num_hidden_layers": layers,
@@ -257,6 +263,7 @@ def time_trainers() -> None:
         time_method(trainer, "_get_per_token_logps_and_entropies", lambda *_: "GNDPO's own")
         for name in ("_forward", "_forward_shared"):
             time_method(trainer, name, forward_phase)
+    time_method(GNDPOTrainer, "_compare_rows", lambda *_: "distributions")
 
 
 # ---- an arm: a trainer, its optimizer, and one step of it
@@ -284,8 +291,12 @@ class Arm:
             options["num_generations"] = args.num_generations
         if name == "padded":
             options["pad_to_multiple_of"] = 1
-        if name.startswith("gndpo") or name == "gspo":
+        if config_class in (GNDPOConfig, GSPOConfig) and name != "padded":
             options["scoring_token_budget"] = args.scoring_token_budget
+        if name == "expected":
+            options["score_baseline"] = "expected"
+        if name == "exact":
+            options["estimator"] = "exact"
         if name == "gndpo-logps":
             options["use_sampling_logps"] = True
         if name == "gndpo-rows":
@@ -415,14 +426,14 @@ def measure(
 ) -> dict:
     if device.type == "cpu":
         keep_freed_memory(True)
-    arms = {name: Arm(name, size, args, device) for name in ARMS}
+    arms = {name: Arm(name, size, args, device) for name in args.arms}
     results = {}
     for lengths in cases:
         rows, completions = draw_batch(size, lengths, args)
-        seconds = {name: defaultdict(list) for name in ARMS}
+        seconds = {name: defaultdict(list) for name in arms}
         for arm in arms.values():
             arm.use(completions)
-        rounds = [(repeat, name) for repeat in range(args.repeats + 1) for name in ARMS]
+        rounds = [(repeat, name) for repeat in range(args.repeats + 1) for name in arms]
         for repeat, name in tqdm(rounds, desc=f"{size}, {lengths}", file=sys.stderr):
             arms[name].step(rows)
             if repeat > 0:  # the first round warms up
@@ -466,22 +477,23 @@ def measure_shared_prompts(case: str, args: argparse.Namespace, device: torch.de
 
 
 def ratios(results: dict) -> dict:
+    """Time and memory of the arms relative to each other, of those that were measured."""
     table = {}
     for lengths, arms in results.items():
-        gndpo, table[lengths] = arms["gndpo"], {}
-        for name in ("padded", "distillation", "grpo"):
-            table[lengths][f"gndpo_vs_{name}"] = gndpo["seconds"]["step"] / arms[name]["seconds"]["step"]
-            logps_seconds = arms["gndpo-logps"]["seconds"]["step"]
-            table[lengths][f"gndpo_logps_vs_{name}"] = logps_seconds / arms[name]["seconds"]["step"]
-            table[lengths][f"gndpo_vs_{name}_memory"] = gndpo["peak_bytes"] / arms[name]["peak_bytes"]
-        table[lengths]["gspo_vs_grpo"] = arms["gspo"]["seconds"]["step"] / arms["grpo"]["seconds"]["step"]
-        rows = arms["gndpo-rows"]
-        table[lengths]["gndpo_vs_rows"] = gndpo["seconds"]["step"] / rows["seconds"]["step"]
-        table[lengths]["gndpo_vs_rows_memory"] = gndpo["peak_bytes"] / rows["peak_bytes"]
+        table[lengths] = row = {}
+        pairs = [(of, to) for of in ("gndpo", "gndpo-logps") for to in ("padded", "distillation", "grpo")]
+        pairs += [(of, to) for of in ("expected", "exact") for to in ("gndpo", "distillation")]
+        pairs += [("gspo", "grpo"), ("gndpo", "gndpo-rows")]
+        for of, to in pairs:
+            if {of, to} <= arms.keys():
+                name = f"{of.replace('-', '_')}_vs_{to.removeprefix('gndpo-')}"
+                row[name] = arms[of]["seconds"]["step"] / arms[to]["seconds"]["step"]
+                row[f"{name}_memory"] = arms[of]["peak_bytes"] / arms[to]["peak_bytes"]
+        gndpo = arms["gndpo"]
         # Teacher, student and loss compute every token once.
-        table[lengths]["tokens_vs_distinct"] = gndpo["tokens"]["padded"] / (3 * gndpo["distinct_tokens"])
-        table[lengths]["padded_per_real_token"] = gndpo["tokens"]["padded"] / gndpo["tokens"]["real"]
-        table[lengths]["own_share_of_step"] = gndpo["seconds"]["GNDPO's own"] / gndpo["seconds"]["step"]
+        row["tokens_vs_distinct"] = gndpo["tokens"]["padded"] / (3 * gndpo["distinct_tokens"])
+        row["padded_per_real_token"] = gndpo["tokens"]["padded"] / gndpo["tokens"]["real"]
+        row["own_share_of_step"] = gndpo["seconds"]["GNDPO's own"] / gndpo["seconds"]["step"]
     return table
 
 
@@ -511,10 +523,10 @@ def plot(sizes: dict, path: Path) -> None:
     figure, grid = plt.subplots(len(sizes), 2, figsize=(10, 3.2 * len(sizes)), squeeze=False)
     for axes, (size, results) in zip(grid, sizes.items(), strict=True):
         for axis, (lengths, arms) in zip(axes, results.items(), strict=True):
-            left = [0.0] * len(ARMS)
+            left = [0.0] * len(arms)
             for phase in PHASES:
-                widths = [arms[name]["seconds"][phase] for name in ARMS]
-                axis.barh(ARMS, widths, left=left, label=phase)
+                widths = [arm["seconds"][phase] for arm in arms.values()]
+                axis.barh(list(arms), widths, left=left, label=phase)
                 left = [a + b for a, b in zip(left, widths, strict=True)]
             axis.set_title(f"{size}, {lengths.replace('_', '-')} lengths")
             axis.set_xlabel("seconds per step")
@@ -545,6 +557,7 @@ def main() -> None:
     parser.add_argument(
         "--shared_prompts", nargs="*", choices=SHARED_PROMPTS, default=["prompts_512"], help="cases of longer prompts"
     )
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS, help='"gndpo" is always one of them')
     parser.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--repeats", type=int, default=3, help="measured steps of each arm")
     parser.add_argument("--seed", type=int, default=0)
@@ -552,6 +565,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, default=Path("runs/step_cost.png"))
     args = parser.parse_args()
     args.prompt_words = None
+    args.arms = [name for name in ARMS if name in (*args.arms, "gndpo")]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.max_completion_length = args.max_completion_length or (512 if device.type == "cpu" else 4096)
     args.size = args.size or (["small"] if device.type == "cpu" else ["qwen3", "internvl"])

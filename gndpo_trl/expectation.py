@@ -57,7 +57,7 @@ class ExpectationMixin(SequenceTokenMixin):
         what the loss will need.
         """
         with self._timer(seconds, "time/student_scoring"):
-            student = self._hidden_states(self.model, question)
+            student = self._hidden_states(self.model, rollout)
         with self._timer(seconds, "time/teacher_scoring"):
             teacher = self.teacher.hidden_states(question, self._hidden_states)
         mask = rollout["completion_mask"].bool()

@@ -187,6 +187,36 @@ def test_the_fused_head_can_leave_padding_out_on_cpus(monkeypatch):
     torch.testing.assert_close(scored, everywhere)
 
 
+def test_the_fused_head_can_be_read():
+    """It hands hidden states, weights and ids of the scored positions to one function, and returns what that returns."""
+    names = list(inspect.signature(trl.trainer.utils._ChunkedLogProbFunction.forward).parameters)[1:]
+    known = ["hidden", "weight", "bias", "targets", "temperature", "chunk_size", "final_logit_softcapping"]
+    assert names == [*known, "logit_scale", "outputs"], "TRL's chunked head takes other arguments"
+    model, _ = tiny_models.build_qwen3()
+    add_fused_lm_head(model, temperature=0.5)
+    input_ids = torch.randint(3, 20, (2, 6))
+    labels = input_ids.masked_fill(torch.arange(6) < 3, -100)
+    calls = []
+
+    def read(call):
+        calls.append(call)
+        return call.hidden.sum(-1), None, None, None, None
+
+    hidden = model.model(input_ids).last_hidden_state[:, 2:5]
+    with trl_hooks.lm_head_read_by(read):
+        log_probs = model(input_ids, labels=labels, fused_lm_head=True).log_probs
+    (call,) = calls
+    torch.testing.assert_close(call.hidden, hidden.flatten(0, 1))
+    assert (
+        call.weight is model.lm_head.weight and call.temperature == 0.5 and (call.softcap, call.scale) == (None, 1.0)
+    )
+    assert torch.equal(call.ids, input_ids[:, 3:].flatten())
+    torch.testing.assert_close(log_probs[:, 2:], hidden.sum(-1))
+    before = model(input_ids, labels=labels, fused_lm_head=True).log_probs  # TRL's own again
+    with trl_hooks.lm_head_read_by(lambda call: call.compute()):
+        assert torch.equal(model(input_ids, labels=labels, fused_lm_head=True).log_probs[:, 2:], before[:, 2:])
+
+
 def test_shared_prompts_reach_the_attention_as_they_are():
     """The fused head takes pre-shifted labels; models hand on keywords, and masks of four dimensions as they are."""
     model, _ = tiny_models.build_qwen3()

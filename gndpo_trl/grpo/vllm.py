@@ -11,6 +11,7 @@ from accelerate.utils import gather
 from datasets import Dataset
 from trl import GRPOConfig
 
+from .microbatches import loss_mask
 from .vllm_engine import (
     ExactVLLMClient,
     ExactVLLMGeneration,
@@ -196,7 +197,7 @@ class VLLMMixin:
             return
         if mode == "eval" and eval_temperature not in (None, self.temperature):
             return  # log-probs of two different distributions
-        mask = rollout["completion_mask"] * rollout.get("tool_mask", 1)
+        mask = loss_mask(rollout)
         mean, largest = logp_difference(rollout["sampling_per_token_logps"], logps, mask, gather)
         self._metrics[mode]["sampling/logp_difference/mean"].append(mean)
         self._metrics[mode]["sampling/logp_difference/max"].append(largest)
