@@ -1,0 +1,119 @@
+"""What is compared, as plain data: the arms, the tasks, and the regimes in which they are run."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Arm:
+    """
+    One way to train.
+
+    Attributes:
+        trainer: `"gndpo"`, or a peer: `"distillation"` (TRL's `DistillationTrainer`: reverse KL over the whole
+            vocabulary), `"sft"` (TRL's `SFTTrainer` on completions that the teacher sampled for the same prompts),
+            `"gspo"` (`GSPOTrainer` on the accuracy of the answer, without a teacher).
+        options: Fields of its configuration that differ from the recipe's.
+        transform: What makes the advantages in the place of GNDPO's normalization, see `arm_trainers.py`.
+    """
+
+    trainer: str = "gndpo"
+    options: dict[str, Any] = field(default_factory=dict)
+    transform: str | None = None
+
+
+ARMS = {
+    # In the package.
+    "global": Arm(),
+    "none": Arm(options={"advantage_normalization": "none"}),
+    "raw": Arm(options={"advantage_normalization": "none", "score_clip": None}),
+    "global-unclamped": Arm(options={"score_clip": None}),
+    "group": Arm(options={"advantage_normalization": "group"}),
+    "sequence": Arm(options={"advantage_normalization": "sequence"}),
+    "global-dapo": Arm(options={"loss_type": "dapo"}),
+    "none-dapo": Arm(options={"advantage_normalization": "none", "loss_type": "dapo"}),
+    "expected": Arm(options={"score_baseline": "expected"}),
+    "expected-none": Arm(options={"score_baseline": "expected", "advantage_normalization": "none"}),
+    "expected-sequence": Arm(options={"score_baseline": "expected", "advantage_normalization": "sequence"}),
+    "exact": Arm(options={"estimator": "exact"}),
+    "exact-none": Arm(options={"estimator": "exact", "advantage_normalization": "none"}),
+    "exact-sequence": Arm(options={"estimator": "exact", "advantage_normalization": "sequence"}),
+    "exact-dapo": Arm(options={"estimator": "exact", "loss_type": "dapo"}),
+    "exact-dapo-raw": Arm(options={"estimator": "exact", "loss_type": "dapo", "score_clip": None}),
+    # In the benchmark alone.
+    "scale": Arm(transform="scale"),
+    "center": Arm(transform="center"),
+    "scale-sequence": Arm(transform="scale-sequence"),
+    "center-sequence": Arm(transform="center-sequence"),
+    "robust": Arm(transform="robust"),
+    "running": Arm(transform="running"),
+    "tanh": Arm(transform="tanh"),
+    "power-0.5": Arm(transform="power-0.5"),
+    "power-1": Arm(transform="power-1"),
+    # Peers.
+    "distillation": Arm("distillation"),
+    "sft": Arm("sft"),
+    "gspo": Arm("gspo"),
+    # Nothing trained: what a run starts from, and what it is to reach.
+    "student": Arm("student"),
+    "teacher": Arm("teacher"),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """
+    Sums of handwritten digits, see `examples/digits_data.py`.
+
+    Attributes:
+        train_pairs, test_pairs: Rows of the splits; no run sees a scan of the test split.
+        steps: Of every run.
+        eval_steps: Number of steps between two evaluations.
+        trained: Whether teacher and student have learned anything before.
+    """
+
+    train_pairs: int = 10_000
+    test_pairs: int = 500
+    steps: int = 200
+    eval_steps: int = 50
+    trained: bool = True
+
+
+TASKS = {"digits": Task()}
+
+SMOKE_TASK = Task(train_pairs=64, test_pairs=8, steps=2, eval_steps=2, trained=False)
+
+
+@dataclass(frozen=True)
+class Regime:
+    """
+    What is made hard about a run; the defaults are those of `recipes/digits/gndpo.yaml`.
+
+    Attributes:
+        options: Fields of the configuration of every arm.
+        prompts, num_generations: Of a generation batch, which is the batch of one optimizer step.
+        teacher: `"teacher"`; `"outliers"`, the same but sure of a random token at two of a hundred positions; or
+            `"student"`, the student itself with its weights in bfloat16, so that scores are rounding errors.
+    """
+
+    options: dict[str, Any] = field(default_factory=dict)
+    prompts: int = 16
+    num_generations: int = 4
+    teacher: str = "teacher"
+
+
+SMOKE_REGIME = {"prompts": 2, "num_generations": 2}
+
+# Clipping is turned off by a limit that nothing reaches, so that the norm is measured all the same.
+REGIMES = {
+    "demo": Regime(),
+    "unclipped": Regime(options={"max_grad_norm": 1e9}),
+    "sgd": Regime(options={"optim": "sgd"}),
+    "sgd-unclipped": Regime(options={"optim": "sgd", "max_grad_norm": 1e9}),
+    "outliers": Regime(teacher="outliers"),
+    "outliers-unclipped": Regime(teacher="outliers", options={"max_grad_norm": 1e9}),
+    "one-prompt": Regime(prompts=1),
+    "four-prompts": Regime(prompts=4),
+    "own-teacher": Regime(teacher="student"),
+    "own-teacher-floor": Regime(teacher="student", options={"std_floor": 0.1}),
+}

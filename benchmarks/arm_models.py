@@ -1,0 +1,183 @@
+"""Data and models of the tasks, built once and kept, and what is measured of a student on questions it has not seen."""
+
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from arm_cells import Task
+from arm_sampling import sample
+from datasets import Dataset, load_from_disk
+from filelock import FileLock
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    BatchFeature,
+    CLIPImageProcessorPil,
+    PreTrainedModel,
+    ProcessorMixin,
+)
+from transformers.image_utils import make_flat_list_of_images
+from trl import prepare_multimodal_messages
+
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+from digits_data import build_splits, is_correct  # noqa: E402
+from digits_models import (  # noqa: E402
+    MAX_NEW_TOKENS,
+    build_model,
+    build_processor,
+    build_student,
+    build_teacher,
+    save,
+)
+
+
+# Prompts for a reverse KL: enough that its error is a few percent, and as many samples.
+KL_PROMPTS = 250
+
+
+def build_once(name: str, task: Task, seed: int, which: str, output_dir: Path) -> Path:
+    """
+    The folder of a task's and a seed's `"data"`, `"teacher"` or `"student"`, built if it is not there.
+
+    Others may ask for it at the same time: one builds, they wait. An interrupted build is never taken for a finished one.
+    """
+    path = output_dir / name / f"{which}-seed{seed}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            partial = path.with_name(f"{path.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            if which == "data":
+                build_splits(seed, train_pairs=task.train_pairs, test_pairs=task.test_pairs).save_to_disk(partial)
+            elif task.trained:
+                splits = load_from_disk(build_once(name, task, seed, "data", output_dir))
+                {"teacher": build_teacher, "student": build_student}[which](splits, partial, seed)
+            else:
+                processor = build_processor()
+                save(build_model(processor, width=32, seed=seed + (which == "teacher")), processor, partial)
+            partial.rename(path)
+    return path
+
+
+def load_model(path: Path) -> PreTrainedModel:
+    return AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32, attn_implementation="eager")
+
+
+@torch.no_grad()
+def round_weights(model: PreTrainedModel) -> None:
+    """Give a model the weights that it would have if it had been saved in bfloat16."""
+    for parameter in model.parameters():
+        parameter.copy_(parameter.bfloat16())
+
+
+class RememberingImageProcessor(CLIPImageProcessorPil):
+    """Processes an image once, however often the trainers hand it over: twice per step for each completion."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.seen = {}
+
+    def __call__(self, images, *args, **kwargs) -> BatchFeature:
+        images = make_flat_list_of_images(images)
+        keys = [image.tobytes() for image in images]
+        new = {key: image for key, image in zip(keys, images, strict=True) if key not in self.seen}
+        if new:
+            pixels = super().__call__(list(new.values()), return_tensors="pt")["pixel_values"]
+            self.seen.update(zip(new, pixels, strict=True))
+        return BatchFeature({"pixel_values": torch.stack([self.seen[key] for key in keys])})
+
+    def to_dict(self):
+        return {key: value for key, value in super().to_dict().items() if key != "seen"}
+
+
+def load_processor(path: Path) -> ProcessorMixin:
+    processor = AutoProcessor.from_pretrained(path)
+    processor.image_processor = RememberingImageProcessor(**processor.image_processor.to_dict())
+    return processor
+
+
+def tokenize(processor: ProcessorMixin, rows: Dataset) -> dict[str, torch.Tensor]:
+    """Prompts of the rows as a model takes them, padded on the left."""
+    messages = [
+        prepare_multimodal_messages(prompt, images=images)
+        for prompt, images in zip(rows["prompt"], rows["images"], strict=True)
+    ]
+    return processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    )
+
+
+@dataclass
+class Evaluation:
+    """
+    What is measured of a student on test questions.
+
+    Attributes:
+        accuracy: Fraction of greedy completions that box the right sum, as `digits_models.greedy_accuracy` counts.
+        reverse_kl: KL of the student's distribution from the teacher's, in nats per token: exact over the vocabulary at
+            every position of completions that the student has just sampled, and averaged over their tokens.
+        length: Mean number of tokens of these completions.
+    """
+
+    accuracy: float
+    reverse_kl: float
+    length: float
+
+
+class Evaluator:
+    """Evaluates models on the test questions of a task and seed, without touching the state of torch's generator."""
+
+    def __init__(self, data: Path, processor: ProcessorMixin, teacher: PreTrainedModel):
+        rows = load_from_disk(data)["test"]
+        self.processor, self.teacher, self.solutions = processor, teacher, rows["solution"]
+        self.end_id = processor.tokenizer.eos_token_id
+        self.questions = tokenize(processor, rows)
+
+    @torch.no_grad()
+    def __call__(self, model: PreTrainedModel) -> Evaluation:
+        training = model.training
+        model.eval()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                accuracy = self.greedy_accuracy(model)
+                reverse_kl, length = self.reverse_kl(model)
+        finally:
+            model.train(training)
+        return Evaluation(accuracy, reverse_kl, length)
+
+    @torch.no_grad()
+    def can_answer(self, model: PreTrainedModel) -> bool:
+        """Whether a model still has a distribution, on the first question."""
+        return bool(model(**{key: value[:1] for key, value in self.questions.items()}).logits.isfinite().all())
+
+    def greedy_accuracy(self, model: PreTrainedModel) -> float:
+        # Nothing is suppressed: a model that says `<image>` is wrong on that row.
+        tokens, mask = sample(model, self.questions, self.end_id, MAX_NEW_TOKENS, greedy=True, suppress=False)
+        texts = [
+            self.processor.decode(ids[keep], skip_special_tokens=True) for ids, keep in zip(tokens, mask, strict=True)
+        ]
+        right = [is_correct(text, solution) for text, solution in zip(texts, self.solutions, strict=True)]
+        return sum(right) / len(right)
+
+    def reverse_kl(self, model: PreTrainedModel) -> tuple[float, float]:
+        questions = {key: value[:KL_PROMPTS] for key, value in self.questions.items()}
+        completions, mask = sample(model, questions, self.end_id, MAX_NEW_TOKENS)
+        inputs = {
+            **questions,
+            "input_ids": torch.cat([questions["input_ids"], completions], dim=1),
+            "attention_mask": torch.cat([questions["attention_mask"], mask.long()], dim=1),
+        }
+        # The distribution of the first completion token stands at the last token of the prompt.
+        first = questions["input_ids"].shape[1] - 1
+        student, teacher = (one(**inputs).logits[:, first:-1].log_softmax(-1) for one in (model, self.teacher))
+        kl = (student.exp() * (student - teacher)).sum(-1)
+        return kl[mask].mean().item(), mask.sum(-1).float().mean().item()

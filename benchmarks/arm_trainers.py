@@ -1,0 +1,166 @@
+"""The trainer of an arm: this package's, TRL's, or this package's with advantages of another kind."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transforms
+from arm_cells import Arm, Regime
+from arm_models import tokenize
+from arm_sampling import sample
+from datasets import Dataset
+from digits_data import sum_reward
+from digits_models import MAX_NEW_TOKENS
+from transformers import PreTrainedModel, ProcessorMixin, Trainer
+from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
+from trl.trainer.utils import RepeatSampler
+
+from gndpo_trl import GNDPOConfig, GNDPOTrainer
+from gndpo_trl.gspo import GSPOConfig, GSPOTrainer
+
+
+# Completions that the teacher samples at once for supervised training.
+SFT_BATCH_SIZE = 512
+
+
+class FastSampling:
+    """Makes a trainer of TRL's sample with [`arm_sampling.sample`]: from the same distribution, in half of the time."""
+
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
+        # The completions of a prompt stand next to each other; a prompt is computed once.
+        first = slice(None, None, self.num_generations)
+        input_ids = torch.tensor(prompt_ids[first])
+        questions = {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "pixel_values": multimodal_fields["pixel_values"][first],
+        }
+        end_id = self._tokenizer.eos_token_id
+        tokens, mask = sample(self.model, questions, end_id, MAX_NEW_TOKENS, repeats=self.num_generations)
+        return [ids[keep].tolist() for ids, keep in zip(tokens, mask, strict=True)]
+
+
+class GRPOSampling(FastSampling):
+    """The same for `GRPOTrainer`, which wants log-probs of the sampler too, or None."""
+
+    def _generate_single_turn(self, *args, **kwargs):
+        return super()._generate_single_turn(*args, **kwargs), None
+
+
+class OurTrainer(GRPOSampling, GNDPOTrainer):
+    """GNDPO; or, with a `transform`, advantages that another function makes of the same scores of the same batch."""
+
+    transform: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+
+    def _log_teacher(self, mode, rollout, seconds, scores, logps, undefined, unknown, mask):
+        # The last thing that is done with a batch, and the one place that has both log-probs.
+        if self.transform is not None and mode == "train":
+            rollout["advantages"] = self.transform(*logps, mask)
+        super()._log_teacher(mode, rollout, seconds, scores, logps, undefined, unknown, mask)
+
+
+class RewardTrainer(GRPOSampling, GSPOTrainer):
+    """GSPO."""
+
+
+def of_scores(transform: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable:
+    """A transform of scores and mask as one of both log-probs and mask."""
+    return lambda teacher, student, mask: transform((teacher - student).masked_fill(~mask, 0.0), mask)
+
+
+def build_transform(name: str) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The function that makes advantages of the log-probs `(B, T)` of teacher and student, and the mask; one per run."""
+    if name.startswith("power-"):
+        exponent = float(name.removeprefix("power-"))
+        return lambda teacher, student, mask: transforms.power(teacher, student, mask, exponent)
+    if name == "running":
+        return of_scores(transforms.Running())
+    if name.endswith("-sequence"):
+        transform = getattr(transforms, name.removesuffix("-sequence"))
+        return of_scores(lambda scores, mask: transform(scores, mask, by_sequence=True))
+    return of_scores(getattr(transforms, name))
+
+
+class VocabularyTrainer(FastSampling, DistillationTrainer):
+    """TRL's trainer on the prompts that the others get: several completions of each, in the same order."""
+
+    num_generations: int
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
+        prompts = self.args.per_device_train_batch_size // self.num_generations
+        return train_order(self.train_dataset, prompts, self.num_generations, self.args.seed)
+
+
+def train_order(dataset: Dataset, prompts: int, num_generations: int, seed: int) -> RepeatSampler:
+    """Indices of the rows of all generation batches, as `GRPOTrainer` draws them."""
+    return RepeatSampler(dataset, mini_repeat_count=num_generations, batch_size=prompts, seed=seed)
+
+
+def teacher_samples(
+    teacher: PreTrainedModel, processor: ProcessorMixin, train_split: Dataset, regime: Regime, steps: int, seed: int
+) -> Dataset:
+    """The rows of all batches, each with a completion that the teacher has sampled."""
+    order = list(train_order(train_split, regime.prompts, regime.num_generations, seed))
+    size = steps * regime.prompts * regime.num_generations
+    # An epoch that the run goes beyond would be drawn anew; these runs stay within one.
+    rows = train_split.select(order[:size])
+    if len(rows) < size:
+        raise ValueError(f"{steps} steps take {size} rows, and an epoch has {len(rows)}.")
+    torch.manual_seed(seed)
+    completions = []
+    for start in range(0, size, SFT_BATCH_SIZE):
+        questions = tokenize(processor, rows.select(range(start, min(start + SFT_BATCH_SIZE, size))))
+        tokens, mask = sample(teacher, questions, processor.tokenizer.eos_token_id, MAX_NEW_TOKENS)
+        completions += [
+            [{"role": "assistant", "content": processor.tokenizer.decode(ids[keep], skip_special_tokens=True)}]
+            for ids, keep in zip(tokens, mask, strict=True)
+        ]
+    return rows.remove_columns("completion").add_column("completion", completions)
+
+
+def build_trainer(
+    arm: Arm,
+    regime: Regime,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    processor: ProcessorMixin,
+    train_split: Dataset,
+    options: dict[str, Any],
+) -> Trainer:
+    options = {
+        "bf16": False,
+        "dataloader_pin_memory": False,
+        "disable_tqdm": True,
+        "gradient_checkpointing": False,
+        "logging_steps": 1,
+        "lr_scheduler_type": "constant",
+        "per_device_train_batch_size": regime.prompts * regime.num_generations,
+        "report_to": "none",
+        "save_strategy": "no",
+        "use_cpu": True,
+        "weight_decay": 0.01,
+        **options,
+        **regime.options,
+        **arm.options,
+    }
+    sources = {"model": student, "train_dataset": train_split, "processing_class": processor}
+    if arm.trainer == "sft":
+        sources["train_dataset"] = teacher_samples(
+            teacher, processor, train_split, regime, options["max_steps"], options["seed"]
+        )
+        args = SFTConfig(completion_only_loss=True, max_length=None, train_sampling_strategy="sequential", **options)
+        return SFTTrainer(args=args, **sources)
+    options["max_completion_length"] = MAX_NEW_TOKENS
+    if arm.trainer == "distillation":
+        trainer = VocabularyTrainer(args=DistillationConfig(**options), teacher_model=teacher, **sources)
+        trainer.num_generations = regime.num_generations
+        return trainer
+    options["num_generations"] = regime.num_generations
+    if arm.trainer == "gspo":
+        return RewardTrainer(args=GSPOConfig(**options), reward_funcs=sum_reward, **sources)
+    sources.update(teacher_model=teacher, teacher_processing_class=processor)
+    args = GNDPOConfig(**options)
+    trainer = OurTrainer(args=args, **sources)
+    if arm.transform is not None:
+        trainer.transform = build_transform(arm.transform)
+    return trainer

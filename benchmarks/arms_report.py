@@ -1,0 +1,296 @@
+"""
+The tables and figures of `docs/evidence.md`, from the rows that `arms.py` and `gradient_noise.py` have written.
+
+    python benchmarks/arms_report.py            # rewrites them in the document
+    python benchmarks/arms_report.py --print    # prints the tables
+
+Intervals are percentile bootstraps of the mean over seeds. Differences are paired: the same seed means the same data, the
+same two models and the same prompts, so that what a seed makes easy for all arms does not enter them. With five seeds an
+interval is an impression: it resamples five numbers.
+"""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from arm_cells import ARMS, REGIMES
+
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+
+ROOT = Path(__file__).parents[1]
+RESAMPLES = 10_000
+REFERENCE = "global"
+
+# An arm holds a learning rate if its mean accuracy there is this close to that at its best one.
+WITHIN = 0.05
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % percentile bootstrap of the mean of `values` `(N,)`, always from the same resamples."""
+    rng = np.random.default_rng(0)
+    means = rng.choice(values, size=(RESAMPLES, len(values))).mean(-1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return low, high
+
+
+def show(values: pd.Series, format: Callable[[float], str]) -> str:
+    """Mean, interval, and the number of seeds where it is not five."""
+    values = values.dropna().to_numpy()
+    if len(values) == 0:
+        return "–"
+    text = format(values.mean())
+    if len(values) > 1:
+        low, high = interval(values)
+        text += f" [{format(low)}, {format(high)}]"
+    return text if len(values) == 5 else f"{text} (n={len(values)})"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.1f}"
+
+
+def points(value: float) -> str:
+    return f"{100 * value:+.1f}"
+
+
+def nats(value: float) -> str:
+    return f"{value:.3f}"
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def in_order(names) -> list[str]:
+    """Arms as `arm_cells.py` lists them."""
+    return [arm for arm in ARMS if arm in set(names)]
+
+
+def trained(rows: pd.DataFrame) -> pd.DataFrame:
+    return rows[~rows["arm"].isin(["student", "teacher"])]
+
+
+def by_rate(rows: pd.DataFrame, column: str, format: Callable[[float], str]) -> str:
+    """Arms by learning rates: mean and interval of a column."""
+    rates = sorted(rows["learning_rate"].unique())
+    table = []
+    for arm in in_order(rows["arm"]):
+        cells = [rows[(rows["arm"] == arm) & (rows["learning_rate"] == rate)][column] for rate in rates]
+        table.append([arm, *(show(cell, format) for cell in cells)])
+    return markdown(["arm", *(f"{rate:g}" for rate in rates)], table)
+
+
+def paired_by_rate(rows: pd.DataFrame, column: str, format: Callable[[float], str]) -> str:
+    """Arms by learning rates: mean and interval of the difference to the reference arm on the same seeds."""
+    rates = sorted(rows["learning_rate"].unique())
+    wide = rows.pivot(index=["learning_rate", "seed"], columns="arm", values=column)
+    table = []
+    for arm in in_order(wide.columns):
+        if arm == REFERENCE:
+            continue
+        difference = (wide[arm] - wide[REFERENCE]).dropna()
+        cells = [difference[difference.index.get_level_values("learning_rate") == rate] for rate in rates]
+        table.append([arm, *(show(cell, format) for cell in cells)])
+    return markdown([f"arm − {REFERENCE}", *(f"{rate:g}" for rate in rates)], table)
+
+
+def best_rates(rows: pd.DataFrame) -> str:
+    """For each arm: its best learning rate, the accuracy there, and between which rates it stays within reach of that."""
+    table = []
+    for arm in in_order(rows["arm"]):
+        means = rows[rows["arm"] == arm].groupby("learning_rate")["accuracy"].mean()
+        best = means.idxmax()
+        held = means[means >= means.max() - WITHIN].index
+        # An unbroken range around the best one.
+        rates = list(means.index)
+        low = high = rates.index(best)
+        while low > 0 and rates[low - 1] in held:
+            low -= 1
+        while high < len(rates) - 1 and rates[high + 1] in held:
+            high += 1
+        accuracies = rows[(rows["arm"] == arm) & (rows["learning_rate"] == best)]["accuracy"]
+        span = f"{rates[low]:g} to {rates[high]:g}"
+        table.append([arm, f"{best:g}", show(accuracies, percent), span, f"{rates[high] / rates[low]:.0f}×"])
+    return markdown(["arm", "best rate", "accuracy there, %", "within 5 points", "range"], table)
+
+
+def gradient_norms(rows: pd.DataFrame) -> str:
+    """Arms by learning rates: median, 99th percentile and maximum of the norm, each averaged over seeds."""
+    rates = sorted(rows["learning_rate"].unique())
+    table = []
+    for arm in in_order(rows["arm"]):
+        cells = []
+        for rate in rates:
+            traces = rows[(rows["arm"] == arm) & (rows["learning_rate"] == rate)]["grad_norm"]
+            numbers = [
+                np.mean([statistic(trace) for trace in traces]) if len(traces) else np.nan
+                for statistic in (np.median, lambda trace: np.percentile(trace, 99), np.max)
+            ]
+            cells.append(" / ".join(f"{number:.2g}" for number in numbers) if len(traces) else "–")
+        table.append([arm, *cells])
+    return markdown(["arm", *(f"{rate:g}" for rate in rates)], table)
+
+
+def per_seed(rows: pd.DataFrame) -> str:
+    """Every run's accuracy, seeds side by side."""
+    seeds = sorted(rows["seed"].unique())
+    table = []
+    for arm in in_order(rows["arm"]):
+        for rate, runs in rows[rows["arm"] == arm].groupby("learning_rate"):
+            known = runs.set_index("seed")["accuracy"]
+            cells = [percent(known[seed]) if seed in known.index else "–" for seed in seeds]
+            table.append([arm, f"{rate:g}", *cells, percent(known.mean())])
+    return markdown(["arm", "rate", *(str(seed) for seed in seeds), "mean"], table)
+
+
+def tables(rows: pd.DataFrame) -> dict[str, str]:
+    """Name -> table. A regime's are named after it."""
+    result = {}
+    ends = rows[rows["arm"].isin(["student", "teacher"])]
+    if len(ends):
+        result["models"] = by_seed_of_models(ends)
+    for (task, regime), part in trained(rows).groupby(["task", "regime"], sort=False):
+        name = f"{task}-{regime}"
+        result[f"{name}-accuracy"] = by_rate(part, "accuracy", percent)
+        if REFERENCE in set(part["arm"]):
+            result[f"{name}-paired"] = paired_by_rate(part, "accuracy", points)
+        result[f"{name}-best"] = best_rates(part)
+        result[f"{name}-reverse-kl"] = by_rate(part, "reverse_kl", nats)
+        result[f"{name}-gradient-norm"] = gradient_norms(part)
+        result[f"{name}-seeds"] = per_seed(part)
+    return result
+
+
+def by_seed_of_models(rows: pd.DataFrame) -> str:
+    seeds = sorted(rows["seed"].unique())
+    table = []
+    for task, arm in rows[["task", "arm"]].drop_duplicates().itertuples(index=False):
+        known = rows[(rows["task"] == task) & (rows["arm"] == arm)].drop_duplicates("seed").set_index("seed")
+        table.append([task, arm, *(percent(known["accuracy"].get(seed, np.nan)) for seed in seeds)])
+    return markdown(["task", "model", *(str(seed) for seed in seeds)], table)
+
+
+def noise_tables(rows: pd.DataFrame) -> dict[str, str]:
+    """One table for each student and teacher whose gradients `gradient_noise.py` has looked at."""
+    return {
+        f"noise-{student}-{teacher}": noise_table(part)
+        for (student, teacher), part in rows.groupby(["student", "teacher"], sort=False)
+    }
+
+
+def noise_table(rows: pd.DataFrame) -> str:
+    sizes = sorted(rows["prompts"].unique())
+    header = ["arm", *(f"noise, {4 * size} completions" for size in sizes)]
+    header += ["cosine", "norm", "largest / mean norm", "disliked rewarded, %"]
+    table = []
+    for arm in rows["arm"].unique():
+        by_size = {size: rows[(rows["arm"] == arm) & (rows["prompts"] == size)] for size in sizes}
+        largest = by_size[sizes[-1]]
+        table.append(
+            [
+                arm,
+                *(show(runs["noise"], "{:.3g}".format) for runs in by_size.values()),
+                show(largest["cosine"], "{:.3f}".format),
+                f"{largest['norm'].mean():.2g}",
+                f"{(largest['norm_max'] / largest['norm']).mean():.2f}",
+                show(largest["disliked"], percent),
+            ]
+        )
+    return markdown(header, table)
+
+
+def plot_accuracy(rows: pd.DataFrame, path: Path) -> None:
+    """Accuracy against the learning rate: a panel for each regime, a line for each arm, the band its interval."""
+    parts = list(trained(rows).groupby(["task", "regime"], sort=False))
+    columns = min(3, len(parts))
+    lines = -(-len(parts) // columns)
+    figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 4 * lines), squeeze=False, layout="constrained")
+    for axis, ((task, regime), part) in zip(axes.flat, parts, strict=False):
+        for arm in in_order(part["arm"]):
+            groups = part[part["arm"] == arm].groupby("learning_rate")["accuracy"]
+            means = groups.mean()
+            (line,) = axis.plot(means.index, means, "o-", color=color(arm), label=arm, markersize=3)
+            bands = [interval(values.to_numpy()) for _, values in groups]
+            axis.fill_between(means.index, *zip(*bands, strict=True), color=line.get_color(), alpha=0.12)
+        axis.set(title=f"{task}, {regime}", xscale="log", xlabel="learning rate", ylabel="accuracy", ylim=(0, 1))
+        axis.legend(fontsize=7)
+    for axis in axes.flat[len(parts) :]:
+        axis.remove()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def plot_gradient_norms(rows: pd.DataFrame, path: Path) -> None:
+    """Gradient norm over the steps, median over seeds, at each learning rate of the first task in the demo's regime."""
+    part = trained(rows)
+    part = part[(part["regime"] == "demo") & (part["task"] == part["task"].iloc[0])]
+    rates = sorted(part["learning_rate"].unique())
+    figure, axes = plt.subplots(1, len(rates), figsize=(5 * len(rates), 4), squeeze=False, layout="constrained")
+    for axis, rate in zip(axes[0], rates, strict=True):
+        for arm in in_order(part["arm"]):
+            traces = part[(part["arm"] == arm) & (part["learning_rate"] == rate)]["grad_norm"]
+            length = min((len(trace) for trace in traces), default=0)
+            if length:
+                median = np.median([trace[:length] for trace in traces], axis=0)
+                axis.plot(range(1, length + 1), median, color=color(arm), label=arm, linewidth=0.8)
+        axis.axhline(1.0, color="gray", linestyle=":", linewidth=0.8)
+        axis.set(title=f"learning rate {rate:g}", yscale="log", xlabel="step", ylabel="gradient norm before clipping")
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def color(arm: str):
+    """The same for an arm in every figure."""
+    return plt.get_cmap("tab20")(list(ARMS).index(arm) % 20)
+
+
+def replace_tables(text: str, new: dict[str, str]) -> str:
+    """`text` with each table between `<!-- NAME -->` and `<!-- end -->` replaced; `KeyError` for a name without rows."""
+    parts = []
+    while "<!-- end -->" in text:
+        before, _, text = text.partition("<!-- end -->")
+        head, _, rest = before.rpartition("<!-- ")
+        name = rest.partition(" -->")[0]
+        parts.append(f"{head}<!-- {name} -->\n{new[name]}\n<!-- end -->")
+    return "".join(parts) + text
+
+
+def read_results(path: Path) -> pd.DataFrame:
+    """Rows in the order of regimes."""
+    rows = pd.read_parquet(path)
+    rows["regime"] = pd.Categorical(rows["regime"], [regime for regime in REGIMES if regime in set(rows["regime"])])
+    return rows.sort_values(["task", "regime"], kind="stable").astype({"regime": str})
+
+
+def all_tables(results: Path, noise: Path) -> dict[str, str]:
+    return {**tables(read_results(results)), **noise_tables(pd.read_parquet(noise))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "arms.parquet")
+    parser.add_argument("--noise", type=Path, default=ROOT / "benchmarks" / "gradient_noise.parquet")
+    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "evidence.md")
+    parser.add_argument("--print", action="store_true", help="print the tables and write nothing")
+    args = parser.parse_args()
+    new = all_tables(args.results, args.noise)
+    if args.print:
+        print("\n\n".join(f"{name}\n\n{table}" for name, table in new.items()))
+        return
+    args.document.write_text(replace_tables(args.document.read_text(), new))
+    rows = read_results(args.results)
+    plot_accuracy(rows, args.document.parent / "evidence_accuracy.png")
+    plot_gradient_norms(rows, args.document.parent / "evidence_gradient_norm.png")
+    print(f"Rewritten: {args.document} and its figures, from {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    main()

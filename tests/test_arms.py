@@ -1,0 +1,296 @@
+"""The comparison of arms: its transforms, its sampler, a tiny run of every arm, and the tables made of the rows."""
+
+import sys
+
+import arm_runs
+import arms
+import arms_report
+import gradient_noise
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import transforms
+from arm_cells import ARMS, REGIMES, SMOKE_TASK
+from arm_models import build_once, load_model, load_processor, tokenize
+from arm_sampling import sample
+from arm_trainers import build_transform, train_order
+from datasets import Dataset, load_from_disk
+
+
+@pytest.fixture(scope="module")
+def output_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("arms")
+
+
+# ---- transforms
+
+TEACHER = torch.tensor([[-0.5, -9.0, -1.0], [-2.0, -0.25, 0.0]])
+STUDENT = torch.tensor([[-1.0, -2.0, -1.0], [-3.0, -1.25, -7.0]])
+MASK = torch.tensor([[True, True, True], [True, True, False]])
+# Scores 0.5, -7, 0 | 1, 1 and a masked one; clamped: 0.5, -5, 0 | 1, 1 with mean -0.5 and variance (1 + 20.25 + .25 + 2 *
+# 2.25) / 4 = 6.5.
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("scale", [[0.196116, -1.961161, 0.0], [0.392232, 0.392232, 0.0]]),
+        ("center", [[1.0, -4.5, 0.5], [1.5, 1.5, 0.0]]),
+        # of each completion: standard deviations 3.041381 and 0, which is taken for 1e-4
+        ("scale-sequence", [[0.164399, -1.643990, 0.0], [10_000.0, 10_000.0, 0.0]]),
+        ("center-sequence", [[2.0, -3.5, 1.5], [0.0, 0.0, 0.0]]),
+        # median 0.5, absolute deviations 0, 7.5, 0.5, 0.5, 0.5: (score - 0.5) / (0.5 / 0.6745), no further than 5
+        ("robust", [[0.0, -5.0, -0.6745], [0.6745, 0.6745, 0.0]]),
+        # the first batch starts the averages: variance 5.2 around the mean, not unbiased
+        ("running", [[0.438529, -1.973379, 0.219265], [0.657794, 0.657794, 0.0]]),
+        ("tanh", [[0.498340, -4.426758, 0.0], [0.986877, 0.986877, 0.0]]),
+        ("power-1", [[0.238651, -0.135212, 0.0], [0.085548, 0.492296, 0.0]]),
+        ("power-0.5", [[0.172270, -0.356770, 0.0], [0.144749, 0.347235, 0.0]]),
+    ],
+)
+def test_transforms_are_what_they_were(name, expected):
+    torch.testing.assert_close(
+        build_transform(name)(TEACHER, STUDENT, MASK), torch.tensor(expected), atol=1e-5, rtol=0
+    )
+
+
+def test_running_moments_forget_slowly_and_belong_to_one_run():
+    first, second = torch.zeros(1, 4), torch.full((1, 4), 2.0)
+    first[0, 0], mask = 4.0, torch.ones(1, 4, dtype=torch.bool)
+    running = transforms.Running()
+    running(first, mask)  # mean 1, mean square 4
+    # 0.9 * 1 + 0.1 * 2 = 1.1; 0.9 * 4 + 0.1 * 4 = 4
+    expected = torch.full((1, 4), (2 - 1.1) / (4 - 1.1**2) ** 0.5)
+    torch.testing.assert_close(running(second, mask), expected)
+    torch.testing.assert_close(build_transform("running")(second, torch.zeros(1, 4), mask), torch.zeros(1, 4))
+
+
+def test_small_powers_give_the_score():
+    exponent = 1e-4
+    rewards = transforms.power(TEACHER, STUDENT, MASK, exponent) / exponent
+    torch.testing.assert_close(rewards, (TEACHER - STUDENT).masked_fill(~MASK, 0.0), atol=1e-2, rtol=0)
+
+
+def test_robust_outlives_a_batch_of_equal_scores():
+    scores = torch.tensor([[0.25, 0.25, 0.25, 1.25]])
+    advantages = transforms.robust(scores, torch.ones(1, 4, dtype=torch.bool))
+    torch.testing.assert_close(advantages, torch.tensor([[0.0, 0.0, 0.0, 5.0]]))
+
+
+# ---- the sampler
+
+
+@pytest.fixture(scope="module")
+def model_and_questions(output_dir):
+    data, student = (build_once("digits", SMOKE_TASK, 1, which, output_dir) for which in ("data", "student"))
+    processor, model = load_processor(student), load_model(student)
+    # A model that has learned nothing repeats its last token, whose embedding is tied to the head.
+    generator = torch.Generator().manual_seed(0)
+    model.lm_head.weight = torch.nn.Parameter(torch.randn(model.lm_head.weight.shape, generator=generator))
+    return model, tokenize(processor, load_from_disk(data)["test"]), processor.tokenizer.eos_token_id
+
+
+def test_greedy_sampling_is_that_of_generate(model_and_questions):
+    model, questions, end_id = model_and_questions
+    tokens, mask = sample(model, questions, end_id, 16, repeats=2, greedy=True, suppress=False)
+    expected = model.generate(**questions, do_sample=False, max_new_tokens=16)[:, questions["input_ids"].shape[1] :]
+    assert len(set(expected.flatten().tolist())) > 3
+    for copy in (0, 1):
+        torch.testing.assert_close(tokens[copy::2][mask[copy::2]], expected[:, : tokens.shape[1]][mask[copy::2]])
+
+
+def test_samples_follow_the_model_without_placeholders(model_and_questions):
+    model, questions, end_id = model_and_questions
+    one = {key: value[:1] for key, value in questions.items()}
+    torch.manual_seed(0)
+    tokens, mask = sample(model, one, end_id, 2, repeats=4000)
+    first = model(**one).logits[0, -1].detach()
+    first[model.config.image_token_id] = -torch.inf
+    frequencies = torch.bincount(tokens[:, 0], minlength=len(first)) / len(tokens)
+    assert (frequencies - first.softmax(-1)).abs().max() < 0.03
+    assert not (tokens == model.config.image_token_id).any() and mask[:, 0].all()
+    assert torch.equal(mask[:, 1], tokens[:, 0] != end_id)
+
+
+def test_prompts_of_different_lengths_are_refused(model_and_questions):
+    model, questions, end_id = model_and_questions
+    mask = questions["attention_mask"].clone()
+    mask[0, 0] = 0
+    with pytest.raises(ValueError, match="differ in length"):
+        sample(model, {**questions, "attention_mask": mask}, end_id, 2)
+
+
+# ---- runs
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_runs(arm, output_dir):
+    row = arm_runs.run_cell("digits", "demo", arm, 1e-3, 1, output_dir, smoke=True)
+    steps = 0 if arm in ("student", "teacher") else SMOKE_TASK.steps
+    assert row["steps"] == len(row["grad_norm"]) == steps and not row["diverged"]
+    assert 0 <= row["accuracy"] <= 1 and 1 <= row["length"] <= 32
+    assert abs(row["reverse_kl"]) < 1e-6 if arm == "teacher" else row["reverse_kl"] > 0
+    if arm not in ("student", "teacher", "gspo"):  # no reward differs between models that know nothing
+        assert row["grad_norm"][-1] > 0
+    assert len(row["clamped"]) == (steps if ARMS[arm].trainer == "gndpo" else 0)
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+def test_every_regime_runs(regime, output_dir):
+    row = arm_runs.run_cell("digits", regime, "global", 1e-3, 1, output_dir, smoke=True)
+    assert row["steps"] == SMOKE_TASK.steps and not row["diverged"]
+
+
+def test_outliers_are_rare_sure_and_always_the_same(model_and_questions, output_dir):
+    _, questions, end_id = model_and_questions
+    teacher = load_model(build_once("digits", SMOKE_TASK, 1, "teacher", output_dir))
+    tokens, mask = sample(teacher, questions, end_id, 32, repeats=8)
+    inputs = {key: value.repeat_interleave(8, dim=0) for key, value in questions.items()}
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens], dim=1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with torch.no_grad():
+        before = teacher(**inputs).logits.log_softmax(-1)
+        arm_runs.add_outliers(teacher)
+        after = teacher(**inputs).logits.log_softmax(-1)
+        half = teacher(**{key: value[:4] for key, value in inputs.items()}).logits.log_softmax(-1)
+    changed = (after - before).abs().amax(-1) > 1e-3
+    assert 0.005 < changed.float().mean() < 0.05
+    assert after[changed].exp().amax(-1).min() > 0.5 > before[changed].exp().amax(-1).max()
+    torch.testing.assert_close(after[:4], half, atol=1e-3, rtol=0)
+
+
+def test_a_run_that_diverges_has_a_row(output_dir):
+    row = arm_runs.run_cell("digits", "sgd-unclipped", "global", 1e38, 1, output_dir, smoke=True)
+    assert row["diverged"] and row["accuracy"] == 0 and row["steps"] < SMOKE_TASK.steps + 1
+
+
+def test_a_mistake_is_no_divergence(output_dir):
+    with pytest.raises(TypeError, match="std_floor"):
+        arm_runs.run_cell("digits", "own-teacher-floor", "distillation", 1e-3, 1, output_dir, smoke=True)
+
+
+def test_all_trainers_get_the_same_prompts():
+    order = list(train_order(Dataset.from_dict({"x": range(8)}), prompts=2, num_generations=3, seed=0))
+    assert len(order) == 24 and order[0] == order[1] == order[2] != order[3]
+
+
+@pytest.mark.processes
+def test_the_command_resumes(tmp_path, monkeypatch, capsys):
+    command = [
+        "arms.py",
+        "--smoke",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--results",
+        str(tmp_path / "rows.parquet"),
+    ]
+    command += ["--learning_rates", "1e-3", "--seeds", "1"]
+    monkeypatch.setattr(sys, "argv", [*command, "--arms", "none", "student"])
+    assert arms.main() == 0
+    assert list(pd.read_parquet(tmp_path / "rows.parquet")["arm"]) == ["none", "student"]
+    assert not list((tmp_path / "out" / "cells").glob("*.partial"))
+    (tmp_path / "out" / "cells" / "digits-demo-none-lr0.001-seed1.json").unlink()  # the table is enough
+    assert arms.main() == 0
+    assert "2 of 2 cells are there, 0 to run" in capsys.readouterr().out
+    assert len(pd.read_parquet(tmp_path / "rows.parquet")) == 2
+
+
+def test_the_smoke_form_keeps_away_from_the_real_rows(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["arms.py", "--smoke"])
+    with pytest.raises(SystemExit):
+        arms.main()
+
+
+# ---- noise of the gradient
+
+
+def test_noise_and_direction_are_those_of_the_distribution():
+    generator = torch.Generator().manual_seed(0)
+    signal, other = torch.zeros(2000), torch.zeros(2000)
+    signal[0], other[:2] = 3.0, 2.0
+    noise = torch.randn(50, 2000, generator=generator)
+    # Independent noise of variance 1 and 4 in each of 2,000 directions, and a part that both have.
+    numbers = gradient_noise.compare_gradients(signal + noise, other + 2 * noise)
+    assert numbers["noise"] == pytest.approx(2000 / 9, rel=0.15)
+    assert numbers["cosine"] == pytest.approx(0.5**0.5, abs=0.2)
+    assert numbers["norm"] == pytest.approx(2009**0.5, rel=0.05) and numbers["norm_max"] > numbers["norm"]
+
+
+def test_exact_gradient_is_that_of_the_reverse_kl():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 5, generator=generator).requires_grad_()
+    teacher = (3 * torch.randn(2, 3, 5, generator=generator)).log_softmax(-1)
+    mask = torch.tensor([[True, True, True], [True, False, False]])
+    batch = gradient_noise.Batch(logits.log_softmax(-1), teacher, torch.zeros(2, 3, dtype=torch.long), mask)
+    kl = (batch.student.exp() * (batch.student - teacher)).sum(-1)
+    (expected,) = torch.autograd.grad((kl[0].mean() + kl[1, 0]) / 2, logits, retain_graph=True)
+    (gradient,) = torch.autograd.grad(gradient_noise.objective(gradient_noise.REVERSE_KL, batch), logits)
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_noise_of_every_arm_is_measured_and_kept(output_dir, tmp_path, monkeypatch, capsys):
+    results = tmp_path / "noise.parquet"
+    command = ["gradient_noise.py", "--smoke", "--seeds", "1", "--prompts", "2"]
+    monkeypatch.setattr(sys, "argv", [*command, "--output_dir", str(output_dir), "--results", str(results)])
+    assert gradient_noise.main() == 0 and gradient_noise.main() == 0
+    rows = pd.read_parquet(results)
+    arms_per_state = len(gradient_noise.SAMPLED) + len(gradient_noise.EXACT)
+    assert len(rows) == 5 * arms_per_state and capsys.readouterr().out.count("seed 1") == 5
+    # A student that is its teacher has scores of rounding: whitening makes a gradient of them as of any others.
+    own = rows[rows["student"] == "own-teacher"].set_index("arm")["norm"]
+    assert own["none"] < 0.1 * own["global"] and own["global, std_floor 0.1"] < 0.5 * own["global"]
+
+
+# ---- tables
+
+
+def rows_of(accuracies: dict[tuple[str, float], list[float]]) -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {
+                "task": "digits",
+                "regime": "demo",
+                "arm": arm,
+                "learning_rate": rate,
+                "seed": seed,
+                "accuracy": accuracy,
+                "reverse_kl": 0.1,
+                "grad_norm": [1.0, 2.0, 9.0],
+            }
+            for (arm, rate), values in accuracies.items()
+            for seed, accuracy in enumerate(values)
+        ]
+    )
+
+
+def test_intervals_hold_the_mean_and_narrow_with_agreement():
+    values = np.array([0.5, 0.6, 0.7, 0.8, 0.9])
+    low, high = arms_report.interval(values)
+    # of 5 ** 5 resamples, 2.5 % have a mean of at most 0.58 and as many of at least 0.82
+    assert low == pytest.approx(0.58, abs=0.01) and high == pytest.approx(0.82, abs=0.01)
+    assert arms_report.interval(np.full(5, 0.7)) == (pytest.approx(0.7), pytest.approx(0.7))
+
+
+def test_differences_are_paired_by_seed():
+    rows = rows_of({("global", 1e-3): [0.2, 0.4, 0.6, 0.8, 0.9], ("none", 1e-3): [0.3, 0.5, 0.7, 0.9, 1.0]})
+    assert "| none | +10.0 [+10.0, +10.0] |" in arms_report.paired_by_rate(rows, "accuracy", arms_report.points)
+
+
+def test_the_range_of_an_arm_ends_where_it_breaks():
+    rows = rows_of({("none", 1e-4): [0.9], ("none", 2e-4): [0.7], ("none", 4e-4): [0.88], ("none", 8e-4): [0.9]})
+    assert "| none | 0.0001 |" in arms_report.best_rates(rows)  # the first of two equal ones
+    rows.loc[rows["learning_rate"] == 8e-4, "accuracy"] = 0.92
+    assert "0.0004 to 0.0008 | 2× |" in arms_report.best_rates(rows)
+
+
+def test_tables_of_a_document_are_replaced_and_nothing_else():
+    text = "before\n<!-- a -->\nold\n<!-- end -->\nbetween\n<!-- b -->\n<!-- end -->\nafter"
+    new = arms_report.replace_tables(text, {"a": "| A |", "b": "| B |"})
+    assert new == "before\n<!-- a -->\n| A |\n<!-- end -->\nbetween\n<!-- b -->\n| B |\n<!-- end -->\nafter"
+    assert arms_report.replace_tables(new, {"a": "| A |", "b": "| B |"}) == new
+
+
+def test_the_document_holds_the_tables_of_the_committed_rows():
+    text = (arms.ROOT / "docs" / "evidence.md").read_text()
+    assert arms_report.replace_tables(text, arms_report.all_tables(arms.RESULTS, gradient_noise.RESULTS)) == text
