@@ -48,6 +48,15 @@ def test_use_sampling_logps(make, level):
     assert logged(trainer, "advantages/std")[0] == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.parametrize("options", [{"score_baseline": "expected"}, {"estimator": "exact"}], ids=["baseline", "exact"])
+def test_the_whole_vocabulary(make, options):
+    trainer = make("qwen25vl", vllm_importance_sampling_correction=True, **options)
+    trainer.train()
+    assert agrees(trainer)
+    assert all(expected < 0 for expected in logged(trainer, "score/expected"))
+    assert min(logged(trainer, "grad_norm")) > 0
+
+
 def test_lora(make):
     trainer = make(peft_config=LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     trainer.train()
