@@ -52,11 +52,11 @@ class OurTrainer(GRPOSampling, GNDPOTrainer):
 
     transform: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
-    def _log_teacher(self, mode, rollout, seconds, scores, logps, undefined, unknown, mask):
+    def _log_teacher(self, mode, rollout, seconds, scores, logps, undefined, unknown, mask, teachers):
         # The last thing that is done with a batch, and the one place that has both log-probs.
         if self.transform is not None and mode == "train":
             rollout["advantages"] = self.transform(*logps, mask)
-        super()._log_teacher(mode, rollout, seconds, scores, logps, undefined, unknown, mask)
+        super()._log_teacher(mode, rollout, seconds, scores, logps, undefined, unknown, mask, teachers)
 
 
 class RewardTrainer(GRPOSampling, GSPOTrainer):

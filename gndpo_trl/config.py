@@ -102,7 +102,7 @@ class GNDPOConfig(ExtendedGRPOConfig):
             the same size.
         share_prompts (`bool`, *optional*):
             Whether a forward pass computes a prompt, with its images, once for all of its completions. `None` does so
-            where the model is found to compute the same and at least a tenth of the tokens is saved; the log names the
+            where the model is found to compute the same and at least a quarter of the tokens is saved; the log names the
             models that keep separate rows, and why. `True` raises an error instead. `False` keeps separate rows.
         use_sampling_logps (`bool`, *optional*, defaults to `False`):
             Whether to save the student's scoring pass by normalizing with the mean and standard deviation of scores

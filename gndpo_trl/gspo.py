@@ -33,7 +33,7 @@ class GSPOConfig(ExtendedGRPOConfig):
             otherwise. `inf` never stops a run; the difference is logged all the same.
         share_prompts (`bool`, *optional*):
             Whether a forward pass computes a prompt, with its images, once for all of its completions. `None` does so
-            where the model is found to compute the same and at least a tenth of the tokens is saved; the log names the
+            where the model is found to compute the same and at least a quarter of the tokens is saved; the log names the
             models that keep separate rows, and why. `True` raises an error instead. `False` keeps separate rows.
         importance_sampling_level (`str`, *optional*, defaults to `"sequence"`):
             Level of the importance ratio. `"sequence"` is GSPO, `"token"` is GRPO.

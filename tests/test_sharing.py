@@ -215,7 +215,7 @@ def test_scores_are_those_of_separate_rows(make_sharing, family):
         trainer._share_prompts = None
 
 
-def test_prompts_are_shared_where_a_tenth_of_the_tokens_is_saved(make_sharing, caplog):
+def test_prompts_are_shared_where_enough_tokens_are_saved(make_sharing, caplog):
     with caplog.at_level(logging.INFO, logger="gndpo_trl"):
         trainer = make_sharing(share_prompts=None)
         tokens = count_tokens(trainer)

@@ -25,7 +25,7 @@ class ExtendedGRPOConfig(VLLMConfig):
             the same size.
         share_prompts (`bool`, *optional*):
             Whether a forward pass computes a prompt, with its images, once for all of its completions. `None` does so
-            where the model is found to compute the same and at least a tenth of the tokens is saved; the log names the
+            where the model is found to compute the same and at least a quarter of the tokens is saved; the log names the
             models that keep separate rows, and why. `True` raises an error instead. `False` keeps separate rows.
     """
 
@@ -50,7 +50,7 @@ class ExtendedGRPOConfig(VLLMConfig):
         default=None,
         metadata={
             "help": "Whether a forward pass computes a prompt, with its images, once for all of its completions. `None` "
-            "does so where the model is found to compute the same and at least a tenth of the tokens is saved; the log "
+            "does so where the model is found to compute the same and at least a quarter of the tokens is saved; the log "
             "names the models that keep separate rows, and why. `True` raises an error instead. `False` keeps separate "
             "rows."
         },

@@ -15,8 +15,10 @@ from .microbatches import cheapest_cut, smallest_largest
 from .trl_hooks import MULTIMODAL_KEYS, split_pixel_values_by_grid
 
 
-# A plan has to save this much of the tokens to be followed, unless `share_prompts` is True.
-WORTHWHILE = 0.1
+# A plan has to save this much of the tokens to be followed, unless `share_prompts` is True. The LM head, which computes
+# completions alone, gains nothing, and gathering keys and values for the branches takes its time: where a sixth of the
+# tokens is saved, `benchmarks/step_cost.py` measures steps that are 5 to 11 % slower.
+WORTHWHILE = 0.25
 # Attention makes a copy of the keys and values of the prompt for each branch, and keeps it until the backward pass. They
 # are so much of what a layer keeps for a token: two of about sixteen vectors.
 COPIES = 1 / 8
