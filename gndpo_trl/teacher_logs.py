@@ -33,6 +33,7 @@ class TeacherLogsMixin(RewardStandInMixin):
                 torch.cuda.synchronize(self.accelerator.device)
             return time.perf_counter()
 
+        self._begin_phase(name.removeprefix("time/").replace("_", " "))
         start = now()
         yield
         seconds[name] = seconds.get(name, 0.0) + now() - start
