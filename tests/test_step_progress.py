@@ -1,5 +1,7 @@
 """The line that says what a step is doing: what it says, and that it is there."""
 
+import sys
+
 import pytest
 from test_run_warnings import Table
 
@@ -87,25 +89,32 @@ def test_an_evaluation_is_not_a_part_of_a_step(line, clock):
     assert line.text() == "learning 00:10, 500 of 1,000 tokens, 50 tokens/s, 00:10 left in this step"
 
 
-@pytest.mark.parametrize("disable_tqdm, is_main", [(False, True), (True, True), (False, False)])
-def test_it_is_drawn_on_the_main_process_unless_bars_are_off(make_trainer, monkeypatch, capfd, disable_tqdm, is_main):
-    monkeypatch.setattr(step_progress, "PATIENCE", 0.0)
-    monkeypatch.setattr(step_progress, "LOG_INTERVAL", 0.05)
+@pytest.mark.parametrize(
+    "disable_tqdm, is_main, is_terminal",
+    [(False, True, True), (False, True, False), (True, True, True), (False, False, False)],
+)
+def test_it_is_drawn_on_the_main_process_unless_bars_are_off(
+    make_trainer, text_dataset, monkeypatch, capsys, disable_tqdm, is_main, is_terminal
+):
+    for name in ("PATIENCE", "INTERVAL", "LOG_INTERVAL"):
+        monkeypatch.setattr(step_progress, name, 0.05)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal, raising=False)
     trainer = make_trainer(
-        teacher_model=Table(seconds=0.3),
+        teacher_model=Table(seconds=0.2),
         disable_tqdm=disable_tqdm,
         gradient_accumulation_steps=2,
         max_steps=3,
         eval_strategy="steps",
         eval_steps=2,
-        trainer_options={"eval_dataset": make_trainer().train_dataset.select(range(4))},
+        trainer_options={"eval_dataset": text_dataset.select(range(4))},
         per_device_eval_batch_size=4,
     )
     monkeypatch.setattr(trainer, "is_world_process_zero", lambda: is_main)
     trainer.train()
-    drawn = capfd.readouterr().err
+    drawn = capsys.readouterr().err
     assert ("teacher scoring" in drawn) == (not disable_tqdm and is_main)
     assert ("left in this step" in drawn) == (not disable_tqdm and is_main)
+    assert ("left in this step\n" in drawn) == (not disable_tqdm and is_main and not is_terminal)
     assert trainer._line is None
 
 

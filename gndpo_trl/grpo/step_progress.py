@@ -20,7 +20,7 @@ from tqdm.auto import tqdm
 
 # Seconds that a step takes before its line appears; quick ones have none.
 PATIENCE = 5.0
-# Seconds between two looks at it, at a terminal and where every look is a line of a log.
+# Seconds between two looks at it, at a terminal and where every look writes a line: in a log, or in a notebook.
 INTERVAL, LOG_INTERVAL = 1.0, 60.0
 
 GENERATING, LEARNING, STUDENT_SCORING = "generating", "learning", "student scoring"
@@ -137,12 +137,14 @@ class StepLine:
             thread.join()
 
     def _draw(self, over: threading.Event) -> None:
-        bar = None
-        while not over.wait(INTERVAL if sys.stderr.isatty() else LOG_INTERVAL):
+        bar, is_terminal = None, sys.stderr.isatty()
+        while not over.wait(INTERVAL if is_terminal else LOG_INTERVAL):
             text = self.text()
-            if bar is None and text:
-                bar = tqdm(bar_format="{desc}", position=1, leave=False)  # the bar of the steps is above
-            if bar is not None:
+            if not is_terminal and text:
+                tqdm.write(text, file=sys.stderr)
+            elif bar is None and text:
+                bar = tqdm(desc=text, bar_format="{desc}", position=1, leave=False)  # the bar of the steps is above
+            elif bar is not None:
                 bar.set_description_str(text)
         if bar is not None:
             bar.close()
