@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import gather
+from accelerate.utils import gather, pad_across_processes
 
 from .grpo.reward_stand_in import RewardStandInMixin
-from .objective.statistics import score_metrics, score_statistics
+from .objective.statistics import score_metrics, score_statistics, spread_metrics, spread_statistics, tail_metrics
 
 
 def teacher_score(completions: list, **kwargs) -> list[float]:
@@ -22,7 +22,7 @@ METRICS_PER_TEACHER = ("score/mean", "score/std", "reverse_kl", "advantages/std"
 
 
 class TeacherLogsMixin(RewardStandInMixin):
-    """Logs of a trainer that scores tokens: `score/...`, `reverse_kl` and the rest of [`score_metrics`]."""
+    """Logs of a trainer that scores tokens: `score/...`, `reverse_kl` and whatever else `objective/statistics.py` makes."""
 
     stand_in = staticmethod(teacher_score)
 
@@ -33,6 +33,7 @@ class TeacherLogsMixin(RewardStandInMixin):
                 torch.cuda.synchronize(self.accelerator.device)
             return time.perf_counter()
 
+        self._begin_phase(name.removeprefix("time/").replace("_", " "))
         start = now()
         yield
         seconds[name] = seconds.get(name, 0.0) + now() - start
@@ -87,6 +88,10 @@ class TeacherLogsMixin(RewardStandInMixin):
         metrics = dict(of_all)
         for name, of_teacher in zip(self.teacher.names, of_teachers, strict=True):
             metrics.update({f"teacher/{name}/{metric}": of_teacher[metric] for metric in METRICS_PER_TEACHER})
+        _, student_logps = logps
+        spread = spread_statistics(scores, student_logps, advantages, mask, self.args.score_clip)
+        metrics.update(spread_metrics(gather(spread.unsqueeze(0))))
+        metrics.update(tail_metrics(*gather_tokens(torch.stack([scores, advantages], dim=-1)[mask]).unbind(-1)))
         times = gather(torch.tensor([list(seconds.values())], device=mask.device)).amax(0)  # the slowest rank
         metrics.update(zip(seconds, times.tolist(), strict=True))
         for name, value in metrics.items():
@@ -94,3 +99,12 @@ class TeacherLogsMixin(RewardStandInMixin):
 
         per_completion = torch.stack([scores, advantages], dim=-1).sum(1) / mask.sum(-1, keepdim=True)
         self._log_stand_in(mode, *gather(per_completion).unbind(-1))
+
+
+def gather_tokens(tokens: torch.Tensor) -> torch.Tensor:
+    """`(n, K)` numbers of this rank's tokens, none of them NaN, as float32 and with those of all other ranks."""
+    nan = float("nan")
+    # Ranks have different numbers of tokens, and one may have none: each sends as many as the others, and at least one.
+    padded = pad_across_processes(torch.nn.functional.pad(tokens.float(), (0, 0, 0, 1), value=nan), pad_index=nan)
+    tokens = gather(padded)
+    return tokens[~tokens.isnan().any(-1)]

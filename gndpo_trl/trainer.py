@@ -30,6 +30,7 @@ from .objective.advantages import clamp_scores, normalize, population_moments, t
 from .objective.distributions import Comparison
 from .objective.mixture import mix_advantages
 from .objective.scores import discounted_scores, extrapolated_scores
+from .run_warnings import RunWarnings
 from .teacher_arguments import Student, get_reference, get_teacher
 from .teacher_logs import TeacherLogsMixin
 from .teachers import Teacher
@@ -173,6 +174,7 @@ class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
             scorer.prepare(self.model, self.accelerator, self._per_token_logps)
             for callback in scorer.callbacks():
                 self.add_callback(callback)
+        self.add_callback(RunWarnings())
         vocab_size = self.model.config.get_text_config().vocab_size
         if self.teacher.vocab_size is not None and self.teacher.vocab_size < vocab_size and not self.use_vllm:
             # The student's vocabulary is padded further than the teacher's; the rows beyond are no tokens.

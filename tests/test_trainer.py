@@ -1,8 +1,10 @@
 """GNDPOTrainer on tiny real models: what it computes, what of GRPOTrainer keeps working, what it logs."""
 
+import inspect
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import tiny_models
@@ -390,6 +392,12 @@ TEACHER_METRICS = [
     "advantages/std",
     "advantages/num_tokens",
     "advantages/undefined",
+    "advantages/share_top_1_percent",
+    "advantages/share_clamped",
+    "advantages/share_low_probability",
+    "student/low_probability",
+    *(f"score/p{percent:02}" for percent in (1, 10, 50, 90, 99)),
+    *(f"score/tenth_{number:02}" for number in range(1, 11)),
     "time/teacher_scoring",
     "time/student_scoring",
 ]
@@ -411,15 +419,29 @@ def test_metrics_in_training_and_evaluation(make_trainer, text_dataset):
         assert math.isfinite(eval_entry[f"eval_{name}"]), name
     assert train_entry["reverse_kl"] == -train_entry["score/mean"]
     assert train_entry["score/min"] < train_entry["score/mean"] < train_entry["score/max"]
+    assert train_entry["score/min"] <= train_entry["score/p01"] <= train_entry["score/p50"] <= train_entry["score/max"]
     assert eval_entry["eval_loss"] is not None and eval_entry["eval_reward"] != 0
 
 
-def test_every_metric_is_in_the_readme():
-    from pathlib import Path
-
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    for name in TEACHER_METRICS:
-        assert f"`{name}`" in readme, f"the README's table of metrics lacks {name}"
+def test_every_metric_is_explained(make_trainer, text_dataset):
+    rows = (Path(__file__).parents[1] / "docs" / "metrics.md").read_text().splitlines()
+    firsts = [row.split("|")[1] for row in rows if row.startswith("| `")]
+    explained = {name for first in firsts for name in re.findall(r"`([^` ]+)`", first)}
+    options = {"max_steps": 1, "trainer_options": {"eval_dataset": text_dataset}, "per_device_eval_batch_size": 8}
+    logged = set()
+    for more in ({"estimator": "exact"}, {"extrapolation": 1.5}, {"entropy_coef": 0.1}):
+        trainer = make_trainer(**options, **more)
+        trainer.train()
+        trainer.evaluate()
+        logged |= {name.removeprefix("eval_") for entry in trainer.state.log_history for name in entry}
+    source = inspect.getsource(GRPOTrainer)
+    logged |= set(re.findall(r'self\._metrics\[(?:mode|"train")\]\["([^"]+)"\]', source))
+    logged |= {f"sampling/logp_difference/{kind}" for kind in ("mean", "max")}
+    names = {re.sub(r"tenth_\d\d", "tenth_01", name) for name in logged - {"step"}}
+    names = {re.sub(r"^rewards/\w+/", "rewards/{name}/", name) for name in names}
+    explained |= {name.removeprefix("eval_") for name in explained}
+    assert not names - explained, f"docs/metrics.md lacks {names - explained}"
+    assert "score/expected" in names and "time/reference_scoring" in names
 
 
 def test_without_rewards_the_reward_is_the_teachers(make_trainer, caplog, capsys):

@@ -9,14 +9,15 @@ from .checkpoints import CheckpointMixin
 from .data_checks import check_datasets, check_images_alike, check_images_are_read
 from .real_tokens import RealTokensMixin
 from .sampling import SamplingMixin
+from .step_progress import StepProgressMixin
 from .vllm import VLLMMixin
 
 
-class ExtendedGRPOTrainer(SamplingMixin, RealTokensMixin, VLLMMixin, CheckpointMixin, GRPOTrainer):
+class ExtendedGRPOTrainer(SamplingMixin, StepProgressMixin, RealTokensMixin, VLLMMixin, CheckpointMixin, GRPOTrainer):
     """
     What [`GNDPOTrainer`] and [`GSPOTrainer`] stand on: [`~trl.GRPOTrainer`] that looks at its data before it loads a
     model, pays for real tokens, samples with vLLM from the prompts that it scores, goes on exactly from its checkpoints,
-    and validates at a temperature of its own.
+    validates at a temperature of its own, and says what it is doing in steps that take long.
     """
 
     def __init__(self, *args, **kwargs):

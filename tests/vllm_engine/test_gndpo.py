@@ -1,5 +1,7 @@
 """The package's trainers with a colocated vLLM."""
 
+import warnings
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -7,6 +9,7 @@ from trainers import agrees, logged, some_reward
 from transformers import AutoModelForCausalLM
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
+from gndpo_trl.grpo.vllm_engine import ExactVLLMGeneration
 from gndpo_trl.gspo import GSPOConfig, GSPOTrainer
 
 
@@ -61,6 +64,22 @@ def test_lora(make):
     trainer = make(peft_config=LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     trainer.train()
     assert agrees(trainer)
+
+
+@pytest.mark.parametrize("steps_with_weights, is_warned", [(10, True), (21, False)])
+def test_an_engine_that_gets_no_more_weights_is_warned_about(make, monkeypatch, steps_with_weights, is_warned):
+    trainer = make(max_steps=21)
+    sync_weights = ExactVLLMGeneration.sync_weights
+
+    def sync_for_a_while(generation):
+        if trainer.state.global_step < steps_with_weights:
+            sync_weights(generation)
+
+    monkeypatch.setattr(ExactVLLMGeneration, "sync_weights", sync_for_a_while)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    assert sum("the two drift apart" in str(warning.message) for warning in caught) == is_warned
 
 
 def test_greedy_evaluation(make, checkpoints, text_dataset, monkeypatch):
