@@ -399,6 +399,7 @@ def test_wandb_gets_the_table_beside_the_metrics(make_trainer, tmp_path, monkeyp
     trainer.train()
     folder = Path(wandb.run.dir)
     wandb.finish()
+    wandb.teardown()  # its other process has written everything when it is gone, not before
     found = {
         "/".join(item.nested_key): json.loads(item.value_json)
         for record in wandb_records(folder.parent)

@@ -83,7 +83,7 @@ def report_table(rows: list[TokenRow], step: int, mode: str, backend: Any, uniqu
         backend: The module `wandb` or `trackio`, whose `Image` wraps images.
         unique_prompts (`bool`): Whether to keep the first completion of each prompt alone (`log_unique_prompts`).
     """
-    lines = []
+    lines, has_images = [], any(row.images for row in rows)
     for row in rows:
         columns = (short(getattr(row, name)) for name in TOKEN_COLUMNS)
         tokens = list(zip(row.tokens, *columns, row.clamped.tolist(), strict=True))
@@ -91,7 +91,7 @@ def report_table(rows: list[TokenRow], step: int, mode: str, backend: Any, uniqu
         line |= {"num_tokens": len(row.tokens), "score": number(row.mean_score), "num_clamped": int(row.clamped.sum())}
         line |= {"reward": number(row.reward), **{f"rewards/{name}": number(v) for name, v in row.rewards.items()}}
         line |= {"advantage": number(row.mean_advantage)}
-        if any(other.images for other in rows):
+        if has_images:
             line["images"] = [backend.Image(image) for image in row.images]
         lines.append({**line, "tokens": json.dumps(tokens, ensure_ascii=False)})
     table = pd.DataFrame(lines)
