@@ -50,7 +50,7 @@ def print_rows(
         rewards = "".join(f", {name} {value:.3g}" for name, value in row.rewards.items())
         parts.append(heading(f"{number + 1}: {len(row.tokens)} tokens, mean score {row.mean_score:.3f}{rewards}"))
         parts.append(Text(row.prompt.translate(PICTURES), style="dim"))
-        parts += [Text(f"[{len(row.images)} images]", style="dim")] if row.images else []
+        parts += [Text(f"Images: {len(row.images)}", style="dim")] if row.images else []
         parts.append(Text().join(token_text(row, token, scale) for token in range(len(row.tokens))))
     for name, places in zip(("Lowest", "Highest"), extreme_tokens(rows, NUM_EXTREMES), strict=True):
         parts.append(heading(f"{name} scores of the batch"))
