@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 from gndpo_trl.grpo.rollouts import valid_tokens
 from gndpo_trl.token_view.page import page_data, write_page
 from gndpo_trl.token_view.rows import TokenRow, extreme_tokens, rows_of, score_scale
-from gndpo_trl.token_view.table import write_parquet
+from gndpo_trl.token_view.table import report_table, write_parquet
 from gndpo_trl.token_view.terminal import print_rows
 from gndpo_trl.token_view.token_text import TokenTexts
 
@@ -144,6 +144,33 @@ def test_batches_between_two_logs_leave_only_the_last(make_trainer):
             ids[: mask.sum()].tolist()
             for ids, mask in zip(rollout["completion_ids"], rollout["completion_mask"], strict=True)
         ]
+
+
+def test_a_run_that_goes_on_writes_from_its_next_generation_batch_on(make_trainer, tmp_path):
+    options = {"log_completions": True, "num_completions_to_print": 0, "num_iterations": 2, "max_steps": 4}
+    first = make_trainer(save_strategy="steps", save_steps=1, **options)
+    first.train()
+    expected = read(first)
+    assert list(expected) == ["train_00001", "train_00003"]
+    second = make_trainer(output_dir=str(tmp_path / "second"), **options)
+    second.train(resume_from_checkpoint=str(Path(first.args.output_dir, "checkpoint-1")))
+    found = read(second)
+    assert list(found) == ["train_00003"]  # the rows of the batch in progress are not part of a checkpoint
+    assert found["train_00003"] == expected["train_00003"]
+
+
+def test_an_evaluation_shows_nothing_of_a_prediction_before_it(make_trainer, text_dataset):
+    trainer = make_trainer(
+        log_completions=True,
+        num_completions_to_print=0,
+        num_generations_eval=1,
+        trainer_options={"eval_dataset": text_dataset.select([7])},
+    )
+    trainer.predict(text_dataset.select(range(2)))
+    trainer.evaluate()
+    ((name, rows),) = read(trainer).items()
+    assert name == "eval_00000" and len(rows) == 1
+    assert text_dataset[7]["prompt"][0]["content"] in rows[0]["prompt"]
 
 
 def test_rewards_stand_beside_the_score(make_trainer):
@@ -362,6 +389,16 @@ def test_the_terminal_shows_colours_and_nothing_that_moves_its_cursor():
 
 
 # Beside the metrics
+
+
+def test_tables_have_a_prompt_once_where_that_is_asked_for():
+    rows = [make_row(["a", "b"], [6.0, float("nan")]), make_row(["c"], [1.0]), make_row(["d"], [1.0], prompt="who ?")]
+    for unique_prompts, completions in ((False, ["ab", "c", "d"]), (True, ["ab", "d"])):
+        table = report_table(rows, 2, "eval", None, unique_prompts)
+        assert table["completion"].tolist() == completions
+    first = table.iloc[0]
+    assert (first["step"], first["mode"], first["score"], first["advantage"]) == (2, "eval", 6.0, 3.0)
+    assert json.loads(first["tokens"]) == [["a", 6.0, 5.0, -1.0, 3.0, True], ["b", None, None, None, 0.0, False]]
 
 
 def wandb_records(folder: Path):
