@@ -36,9 +36,10 @@ from .teacher_logs import TeacherLogsMixin
 from .teachers import Teacher
 from .teachers.compatibility import describe
 from .teachers.prompts import TeacherPrompts
+from .token_view.mixin import TokenViewMixin
 
 
-class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
+class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, TokenViewMixin, ExtendedGRPOTrainer):
     """
     Trainer for Globally Normalized Distillation Policy Optimization (GNDPO), proposed in [Stabilizing On-Policy
     Distillation for MLLM Reasoning with Global Normalization](https://huggingface.co/papers/2606.09091).
@@ -235,6 +236,7 @@ class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, ExtendedGRPOTrainer):
 
         logps = (teacher_logps, student_logps)
         self._log_teacher(mode, rollout, seconds, scores, logps, undefined, unknown, mask, teachers)
+        self._keep_token_rows(mode, rollout, scores, logps, mask)
         return rollout
 
     def _scorers(self) -> list[Teacher]:

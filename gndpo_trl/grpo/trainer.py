@@ -6,6 +6,7 @@ from datasets import IterableDataset
 from trl import GRPOTrainer
 
 from .checkpoints import CheckpointMixin
+from .completion_tables import CompletionTablesMixin
 from .data_checks import check_datasets, check_images_alike, check_images_are_read
 from .real_tokens import RealTokensMixin
 from .sampling import SamplingMixin
@@ -13,11 +14,20 @@ from .step_progress import StepProgressMixin
 from .vllm import VLLMMixin
 
 
-class ExtendedGRPOTrainer(SamplingMixin, StepProgressMixin, RealTokensMixin, VLLMMixin, CheckpointMixin, GRPOTrainer):
+class ExtendedGRPOTrainer(
+    SamplingMixin,
+    StepProgressMixin,
+    RealTokensMixin,
+    VLLMMixin,
+    CheckpointMixin,
+    CompletionTablesMixin,
+    GRPOTrainer,
+):
     """
     What [`GNDPOTrainer`] and [`GSPOTrainer`] stand on: [`~trl.GRPOTrainer`] that looks at its data before it loads a
     model, pays for real tokens, samples with vLLM from the prompts that it scores, goes on exactly from its checkpoints,
-    validates at a temperature of its own, and says what it is doing in steps that take long.
+    validates at a temperature of its own, says what it is doing in steps that take long, and logs completions with images
+    to wandb.
     """
 
     def __init__(self, *args, **kwargs):

@@ -71,6 +71,9 @@ OVERRIDDEN_METHODS = {
     "_save_checkpoint": ("self", "model", "trial"),
     # Called on all ranks for a checkpoint that can be resumed, before the main one writes `trainer_state.json`.
     "_save_rng_state": ("self", "output_dir"),
+    # Called on all ranks with what a step or an evaluation gives; on the main one it prints `num_completions_to_print`
+    # of the completions in `_logs`, none for 0, and hands a table of them to wandb and trackio.
+    "log": ("self", "logs", "start_time"),
     # Called once when a run resumes, before the first micro-batch.
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
 }
@@ -93,6 +96,10 @@ ATTRIBUTES = (
     "generation_config",
     "generation_kwargs",
     "importance_sampling_level",
+    "log_completions",
+    "log_multimodal",
+    "log_unique_prompts",
+    "num_completions_to_print",
     "num_generations",
     "num_generations_eval",
     "loss_type",
@@ -132,7 +139,9 @@ MULTIMODAL_KEYS = (
 )
 
 # Metrics that TRL appends to `trainer._metrics[mode]` once for every generation batch, and that describe rewards.
-# `trainer._logs["rewards"][name]` and `trainer._logs["advantages"]` have one entry for each completion of all ranks.
+# `trainer._logs["rewards"][name]` and `trainer._logs["advantages"]` have one entry for each completion of all ranks, and
+# `trainer._logs["images"]` a list where the batch has images (`num_images` in the rollout) and `log_multimodal` is set. They
+# hold the newest `generation_batch_size` completions; `trainer._logs["extra"]` has the columns that rewards add.
 REWARD_METRICS = ("reward", "reward_std", "frac_reward_zero_std")
 
 

@@ -51,7 +51,9 @@ def test_use_sampling_logps(make, level):
     assert logged(trainer, "advantages/std")[0] == pytest.approx(1, abs=1e-3)
 
 
-@pytest.mark.parametrize("options", [{"score_baseline": "expected"}, {"estimator": "exact"}], ids=["baseline", "exact"])
+@pytest.mark.parametrize(
+    "options", [{"score_baseline": "expected"}, {"estimator": "exact"}], ids=["baseline", "exact"]
+)
 def test_the_whole_vocabulary(make, options):
     trainer = make("qwen25vl", vllm_importance_sampling_correction=True, **options)
     trainer.train()

@@ -1,0 +1,1 @@
+"""The token view: which tokens the teacher pushes, as a parquet file, in the terminal, and as a page for a browser."""
