@@ -299,6 +299,20 @@ def test_images_of_any_kind_get_into_page_and_file(tmp_path, mode):
     write_parquet(rows, str(tmp_path / "rows.parquet"), 1, "train")
 
 
+def test_columns_that_rewards_add_are_still_printed(make_trainer, capsys):
+    def kind(completions, log_extra, **kwargs):
+        log_extra("kind", ["rare"] * len(completions))
+        return [1.0] * len(completions)
+
+    trainer = make_trainer(
+        log_completions=True, num_completions_to_print=1, max_steps=1, trainer_options={"reward_funcs": kind}
+    )
+    trainer.train()
+    printed = capsys.readouterr().out
+    assert "Tokens of step 1, train" in printed and "rare" in printed
+    assert trainer.num_completions_to_print == 1
+
+
 # Text of tokens
 
 
