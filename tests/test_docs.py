@@ -370,5 +370,6 @@ def test_the_api_page_shows_docstrings_as_they_are_meant(site):
         assert f"<dt><code>{field}</code> (<code>" in page, f"{field} is not listed"
     assert "<em>Parameters that control the teacher</em>" in page
     assert "<code>torch.Tensor</code> of shape <code>(B, T)</code>" in page
-    assert "Args:" not in page and "[<code>" not in page and "&gt; Parameters" not in page
+    assert re.search(r"<li><code>loss_type</code>: Defaults to", page)
+    assert "Args:" not in page and "[!NOTE]" not in page and "[<code>" not in page and "&gt; Parameters" not in page
     assert '<a class="autorefs autorefs-internal" ' in page

@@ -42,6 +42,13 @@ def to_markdown(docstring: str, resolve: Callable[[str], str | None]) -> str:
     lines, blocks = docstring.splitlines(), []
     while lines:
         line = lines.pop(0)
+        if line == "> [!NOTE]":
+            blocks.append("!!! note\n")
+            while lines and lines[0].startswith("> "):
+                text = lines.pop(0).removeprefix("> ")
+                opens_list = text.startswith("- ") and not blocks[-1].startswith("    - ")
+                blocks += [""] * opens_list + [f"    {text}"]
+            continue
         if not (header := HEADER.match(line)):
             blocks.append(line)
             continue
