@@ -92,6 +92,7 @@ def test_committed_outputs_show_a_run_that_helped(name):
     assert path.stat().st_size < 400_000
     cells = code_cells(nbformat.read(path, as_version=4))
     assert [cell.execution_count for cell in cells.values()] == list(range(1, len(cells) + 1)), "run it as a whole"
+    assert all(output.get("name") != "stderr" for cell in cells.values() for output in cell.outputs)
     assert has_figure(cells["plot"])
     before, after = (float(share) for share in re.findall(r"([\d.]+)% (?:before|after)", printed(cells["train"])))
     assert after > before + 20
