@@ -5,10 +5,14 @@ SEED ?= 0
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $(WORKERS)
 
-.PHONY: demo test test-vllm quick check lint clean
+.PHONY: demo docs test test-vllm quick check lint clean
 
 demo: $(VENV)/.installed
 	PYTHONWARNINGS=ignore::FutureWarning $(VENV)/bin/python examples/digits_demo.py --seed $(SEED)
+
+# The documentation as a site, in build/site. A broken link or reference is an error.
+docs: $(VENV)/.installed
+	$(VENV)/bin/mkdocs build --strict
 
 test: check
 	$(PYTEST)
@@ -32,7 +36,7 @@ lint: $(VENV)/.installed
 
 $(VENV)/.installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --progress-bar on --constraint constraints.txt --editable ".[deepspeed,wandb,dev]"
+	$(VENV)/bin/python -m pip install --progress-bar on --constraint constraints.txt --editable ".[deepspeed,wandb,dev,docs]"
 	touch $@
 
 # A second environment, because the pins of vLLM and of constraints.txt have no common solution. Two of vLLM's
@@ -48,4 +52,4 @@ $(VLLM_VENV)/.installed: setup.cfg constraints-vllm.txt tests/vllm_engine/torchv
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM_VENV) runs
+	rm -rf $(VENV) $(VLLM_VENV) build runs

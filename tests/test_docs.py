@@ -1,8 +1,10 @@
-"""Every code block and command of the documentation, through the parsers that would read it; none is left out."""
+"""Every code block and command of the documentation, through what would read it; Python is run. And the site is built."""
 
 import argparse
 import ast
 import configparser
+import doctest
+import html.parser
 import importlib
 import itertools
 import json
@@ -10,15 +12,24 @@ import re
 import runpy
 import shlex
 import string
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import tiny_models
 import train_gndpo
+import trl.trainer.grpo_trainer
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
 from torch.distributed.run import get_args_parser
+
+import gndpo_trl
+from gndpo_trl import GNDPOConfig, GNDPOTrainer
+from gndpo_trl.teachers import Teacher
 
 
 ROOT = Path(__file__).parents[1]
@@ -220,3 +231,145 @@ def check_citation(entry: str) -> None:
 def test_what_nobody_would_understand_is_named(language, text, message, monkeypatch, pytestconfig):
     with pytest.raises((AssertionError, pytest.fail.Exception), match=message):
         test_blocks_and_commands_are_ones_that_their_readers_understand(language, text, monkeypatch, pytestconfig)
+
+
+@pytest.fixture
+def readers_folder(tmp_path, checkpoints, monkeypatch) -> Path:
+    """A working directory in which the names of the documentation are tiny models, data and adapters."""
+    names = {
+        "Qwen/Qwen3-0.6B": "qwen3-student",
+        "Qwen/Qwen3-4B": "qwen3-teacher",
+        "path/to/mathematician": "qwen3-teacher",
+        "path/to/programmer": "qwen3-teacher",
+        "OpenGVLab/InternVL3_5-1B-HF": "internvl-student",
+    }
+    for name, checkpoint in names.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).symlink_to(checkpoints[checkpoint])
+    question = [{"role": "user", "content": "what is one plus two ?"}]
+    rows = [{"prompt": question, "solution": "three", "teacher": ("math", "code")[i % 2]} for i in range(16)]
+    data = tmp_path / "trl-lib" / "DeepMath-103K"
+    data.mkdir(parents=True)
+    Dataset.from_list(rows).to_parquet(data / "train.parquet")
+    model, processor = tiny_models.build_internvl()
+    adapter = LoraConfig(r=2, target_modules=["q_proj"])
+    tiny_models.save(get_peft_model(model, adapter), processor, tmp_path / "runs" / "1b-gndpo-lora")
+    monkeypatch.chdir(tmp_path)
+
+    def on_a_cpu(*arguments, **options) -> GNDPOConfig:
+        options |= {"use_cpu": True, "bf16": False}
+        GNDPOConfig(*arguments, **options)  # as it stands there
+        return GNDPOConfig(*arguments, **{**options, "max_steps": 1, "max_completion_length": 16, "logging_steps": 1})
+
+    monkeypatch.setattr(gndpo_trl, "GNDPOConfig", on_a_cpu)
+    return tmp_path
+
+
+def programs(path: Path) -> list[str]:
+    """The Python of a page, in its order; of a difference, what it leads to."""
+    codes = []
+    for language, code in read_blocks(path):
+        if language == "python":
+            codes.append(code)
+        elif language == "diff":
+            codes.append("".join(line[1:] for line in code.splitlines(True) if line[0] != "-"))
+    return codes
+
+
+PROGRAMS = {path.name: codes for path in DOCS if (codes := programs(path))}
+for documented in (GNDPOTrainer, Teacher):
+    examples = doctest.DocTestParser().get_examples(documented.__doc__)
+    PROGRAMS[documented.__name__] = ["import torch\n", *(example.source for example in examples)]
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_the_python_of_a_page_runs(name, readers_folder):
+    from trl.rewards import accuracy_reward
+
+    dataset = Dataset.from_parquet(str(readers_folder / "trl-lib" / "DeepMath-103K" / "train.parquet"))
+    # What the shorter pieces leave to the reader.
+    namespace = {"dataset": dataset, "accuracy_reward": accuracy_reward, "Teacher": Teacher}
+    for code in PROGRAMS[name]:
+        exec(compile(code, name, "exec"), namespace)
+    trainer = namespace.get("trainer")
+    if any("trainer.train()" in code for code in PROGRAMS[name]) and name != "README.md":
+        assert trainer.state.global_step == 1 and "score/mean" in trainer.state.log_history[0]
+
+
+def strings_of_the_package() -> list[str]:
+    """Every string in the sources, with … in place of what is filled in."""
+    strings = []
+    for path in (ROOT / "gndpo_trl").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Constant(value=str(value)):
+                    strings.append(value)
+                case ast.JoinedStr(values=values):
+                    strings.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in values))
+    return strings
+
+
+def test_troubleshooting_quotes_what_is_really_said():
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    quotes = re.findall(r"^> (.*)$", page, re.MULTILINE)
+    strings = strings_of_the_package()
+    assert len(quotes) > 20
+    for quote in quotes:
+        parts = [re.escape(part.strip()) for part in quote.split("…") if part.strip()]
+        pattern = re.compile(r"\s*.*?\s*".join(parts))
+        assert any(pattern.match(text.lstrip("… ")) for text in strings), f"nothing says: {quote}"
+
+
+@pytest.mark.parametrize("page", ["quickstart.md", "troubleshooting.md"])
+def test_metrics_that_a_page_advises_to_watch_are_logged(page):
+    text = (ROOT / "docs" / page).read_text()
+    groups = "advantages|completions|sampling|score|student|teacher|time"
+    metrics = {span.split("{")[0] for span in re.findall(rf"`((?:{groups})/[\w/{{,}}]+)`", text)}
+    assert metrics
+    sources = "".join(strings_of_the_package()) + Path(trl.trainer.grpo_trainer.__file__).read_text()
+    assert [metric for metric in metrics if metric not in sources] == []
+
+
+class Fetched(html.parser.HTMLParser):
+    """Collects what a browser would fetch to show a page."""
+
+    def __init__(self):
+        super().__init__()
+        self.addresses = []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag in ("script", "img", "iframe"):
+            self.addresses.append(attributes.get("src"))
+        elif tag == "link" and attributes.get("rel") not in ("canonical", "next", "prev"):
+            self.addresses.append(attributes.get("href"))
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    build = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert build.returncode == 0, build.stdout + build.stderr
+    return folder
+
+
+def test_the_site_has_all_pages_and_fetches_nothing(site):
+    pages = {path.with_suffix(".html").name for path in (ROOT / "docs").glob("*.md")}
+    assert pages | {"index.html", "contributing.html", "changelog.html"} <= {path.name for path in site.glob("*.html")}
+    for path in site.glob("*.html"):
+        page = Fetched()
+        page.feed(path.read_text())
+        assert page.addresses
+        assert [address for address in page.addresses if address and re.match(r"\w+:|//", address)] == [], path.name
+
+
+def test_the_api_page_shows_docstrings_as_they_are_meant(site):
+    page = (site / "api.html").read_text()
+    for field in re.findall(r"^        (\w+) \(`", GNDPOConfig.__doc__, re.MULTILINE):
+        assert f"<dt><code>{field}</code> (<code>" in page, f"{field} is not listed"
+    assert "<em>Parameters that control the teacher</em>" in page
+    assert "<code>torch.Tensor</code> of shape <code>(B, T)</code>" in page
+    assert re.search(r"<li><code>loss_type</code>: Defaults to", page)
+    assert "Args:" not in page and "[!NOTE]" not in page and "[<code>" not in page and "&gt; Parameters" not in page
+    assert '<a class="autorefs autorefs-internal" ' in page

@@ -1,7 +1,8 @@
-"""The notebook, executed from top to bottom on tiny models and drawn geometry problems."""
+"""The notebooks, executed from top to bottom: two that make their models, for few steps, and one on drawn problems."""
 
 import json
 import os
+import re
 from pathlib import Path
 
 import nbformat
@@ -13,7 +14,8 @@ from transformers import AutoModelForImageTextToText
 from gndpo_trl.data import prepare_questions
 
 
-NOTEBOOK = Path(__file__).parents[1] / "examples" / "notebooks" / "gndpo_geometry.ipynb"
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NOTEBOOK = EXAMPLES / "notebooks" / "gndpo_geometry.ipynb"
 STEPS = 2
 
 
@@ -74,3 +76,51 @@ def test_every_cell_runs(notebook, checkpoints, tmp_path, monkeypatch):
     log = json.loads((output / "trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in log if "score/mean" in entry] == list(range(1, STEPS + 1))
     AutoModelForImageTextToText.from_pretrained(output)
+
+
+# Notebooks that are committed with what they printed and drew.
+SHOWN = ["gndpo_sorting", "gndpo_digits"]
+
+
+def printed(cell) -> str:
+    return "".join(output.get("text", "") for output in cell.outputs)
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_committed_outputs_show_a_run_that_helped(name):
+    path = EXAMPLES / "notebooks" / f"{name}.ipynb"
+    assert path.stat().st_size < 400_000
+    cells = code_cells(nbformat.read(path, as_version=4))
+    assert [cell.execution_count for cell in cells.values()] == list(range(1, len(cells) + 1)), "run it as a whole"
+    assert all(output.get("name") != "stderr" for cell in cells.values() for output in cell.outputs)
+    assert has_figure(cells["plot"])
+    before, after = (float(share) for share in re.findall(r"([\d.]+)% (?:before|after)", printed(cells["train"])))
+    assert after > before + 20
+    for cell in ("tokens", "after"):
+        assert "background-color" in cells[cell].outputs[0].data["text/html"]
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("name", SHOWN)
+def test_notebooks_that_make_their_models_run(name, tmp_path, monkeypatch):
+    notebook = nbformat.read(EXAMPLES / "notebooks" / f"{name}.ipynb", as_version=4)
+    folder = tmp_path / "examples" / "notebooks"
+    folder.mkdir(parents=True)
+    variables = {
+        "GNDPO_NOTEBOOK_SFT_STEPS": "2",
+        "GNDPO_NOTEBOOK_STEPS": str(STEPS),
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "IPYTHONDIR": str(tmp_path / "ipython"),
+        "JUPYTER_RUNTIME_DIR": str(tmp_path / "jupyter"),
+        "MPLBACKEND": "inline",
+        "PYTHONPATH": os.pathsep.join([str(EXAMPLES), os.environ.get("PYTHONPATH", "")]),
+    }
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    for cell in code_cells(notebook).values():
+        cell.outputs = []
+    NotebookClient(notebook, timeout=200, resources={"metadata": {"path": str(folder)}}).execute()
+    cells = code_cells(notebook)
+    assert has_figure(cells["plot"])
+    assert "% before" in printed(cells["train"])
