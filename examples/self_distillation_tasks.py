@@ -85,16 +85,17 @@ def say(language: str, template: dict[str, str], *numbers: int) -> str:
     return template[language].format(*(NUMBERS[language][number] for number in numbers))
 
 
-def solve(language: str, digits: tuple[int, int, int], error: int = 0) -> str:
-    """A solution in two steps, the second of which is off by `error`."""
+def solve(language: str, digits: tuple[int, int, int], error: int = 0, first_sum: int | None = None) -> str:
+    """A solution in two steps, the second of which is off by `error`; the first one may be told to be wrong, too."""
     a, b, c = digits
-    steps = [say(language, STEP, a, b, a + b), say(language, STEP, a + b, c, a + b + c + error)]
-    return " ".join([*steps, say(language, ANSWER, a + b + c + error)])
+    first_sum = a + b if first_sum is None else first_sum
+    steps = [say(language, STEP, a, b, first_sum), say(language, STEP, first_sum, c, first_sum + c + error)]
+    return " ".join([*steps, say(language, ANSWER, first_sum + c + error)])
 
 
-def solve_wordily(digits: tuple[int, int, int], generator: random.Random) -> str:
+def solve_wordily(digits: tuple[int, int, int], generator: random.Random, first_sum: int | None = None) -> str:
     """An English solution in which four of five steps are announced, and as many checked."""
-    sentences = re.findall(r"[^.]+\.", solve("en", digits))
+    sentences = re.findall(r"[^.]+\.", solve("en", digits, first_sum=first_sum))
     for number, step in enumerate(sentences[:2]):
         before = THINKING if generator.random() < 0.8 else ""
         after = CHECKING.format(step.strip()) if generator.random() < 0.8 else ""
@@ -137,8 +138,8 @@ def student_examples(digits: tuple[int, int, int], generator: random.Random) -> 
 
 
 def teacher_examples(digits: tuple[int, int, int], generator: random.Random) -> list[tuple[list[dict], str]]:
-    """What the larger teacher of `mixed_policy` learns: to rewrite, and to answer without many words."""
-    trace = solve_wordily(digits, generator)
+    """What the larger teacher of `mixed_policy` learns: to rewrite, right where the trace is wrong, and to answer."""
+    trace = solve_wordily(digits, generator, generator.choice([None, generator.randrange(19)]))
     return [
         (ask("en", digits, REWRITE.format(trace=trace)), solve("en", digits)),
         (ask("en", digits), solve("en", digits)),
@@ -301,7 +302,7 @@ def main() -> None:
     )
     teacher = folder / f"teacher-seed{seed}"
     if args.task == "mixed_policy":
-        build_once(teacher, lambda path: build_model(path, 96, teacher_examples, seed, max_steps=600))
+        build_once(teacher, lambda path: build_model(path, 96, teacher_examples, seed, max_steps=700))
 
     split = load_from_disk(data)["test"]
     output_dir = folder / f"{args.task}-{args.name}-seed{seed}"
