@@ -1,10 +1,8 @@
 """One run: the models and data of its cell, its trainer, and the row of what was measured."""
 
-import logging
 import math
 import tempfile
 import time
-import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -57,8 +55,6 @@ def run_cell(
             over time; the lists of `TRACES`, one number per step; `diverged`, whether the student ended in NaN, which
             counts as an accuracy of 0; and `train_seconds`, without the evaluations.
     """
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
     row = {"task": task, "regime": regime, "arm": arm, "learning_rate": learning_rate, "seed": seed}
     size, conditions = TASKS[task], REGIMES[regime]
     if smoke:

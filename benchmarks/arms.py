@@ -17,12 +17,14 @@ small gain nothing from more. Seconds in the rows are those of a machine that ot
 import argparse
 import itertools
 import json
+import logging
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -103,6 +105,8 @@ def run(cell: Cell, output_dir: Path, smoke: bool, jobs: int, commit: str) -> fl
     """In a worker: run a cell and write its row. Returns its seconds."""
     from arm_runs import run_cell
 
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     start, load = time.perf_counter(), os.getloadavg()[0]
     row = run_cell(**asdict(cell), output_dir=output_dir, smoke=smoke)
     seconds = time.perf_counter() - start

@@ -60,6 +60,11 @@ class GNDPOScriptArguments(ScriptArguments):
             Rewards. GSPO trains for them; under GNDPO and OPD they are monitored, unless `reward_coef` is set. One
             of `accuracy_reward`, `boxed_accuracy_reward`, `reasoning_accuracy_reward` and `think_format_reward`, or
             dotted import paths, looked up from the working directory (`my_rewards.exact_match`).
+        teacher_prompt_fn (`str`, *optional*):
+            Dotted import path of a function that writes the teacher's prompts after sampling, see
+            [`GNDPOTrainer`].
+        rollout_func (`str`, *optional*):
+            Dotted import path of a function that samples in place of the trainer, see [`~trl.GRPOTrainer`].
     """
 
     algorithm: str | None = field(
@@ -76,6 +81,19 @@ class GNDPOScriptArguments(ScriptArguments):
             "One of `accuracy_reward`, `boxed_accuracy_reward`, `reasoning_accuracy_reward` and "
             "`think_format_reward`, or dotted import paths, looked up from the working directory "
             "(`my_rewards.exact_match`)."
+        },
+    )
+    teacher_prompt_fn: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dotted import path of a function that writes the teacher's prompts after sampling, see "
+            "[`GNDPOTrainer`]."
+        },
+    )
+    rollout_func: str | None = field(
+        default=None,
+        metadata={
+            "help": "Dotted import path of a function that samples in place of the trainer, see [`~trl.GRPOTrainer`]."
         },
     )
 
@@ -150,15 +168,27 @@ def parse_arguments(
             f"`advantage_normalization` is {training_args.advantage_normalization!r}, but `algorithm` is 'opd', which "
             'has no whitening. Unset it, or set `algorithm` to "gndpo".'
         )
+    if algorithm == "gspo" and script_args.teacher_prompt_fn is not None:
+        raise ValueError(
+            f"`teacher_prompt_fn` is {script_args.teacher_prompt_fn!r}, but GSPO learns from rewards and has no teacher. "
+            "Unset it, or name a teacher."
+        )
     return script_args, training_args, model_args
 
 
 def get_reward_func(name: str) -> Callable:
-    module_name, _, function_name = REWARD_FUNCS.get(name, name).rpartition(".")
-    if "" in module_name.split("."):
+    if name not in REWARD_FUNCS and "" in name.rpartition(".")[0].split("."):
         raise ValueError(
             f"`reward_funcs` names {name!r}. Choose one of {sorted(REWARD_FUNCS)}, or give a dotted import path."
         )
+    return import_function("reward_funcs", REWARD_FUNCS.get(name, name))
+
+
+def import_function(field: str, name: str) -> Callable:
+    """The function that a field of the script arguments names; raises `ValueError` if it is not there."""
+    module_name, _, function_name = name.rpartition(".")
+    if "" in module_name.split("."):
+        raise ValueError(f"`{field}` is {name!r}. Give a dotted import path, as `my_functions.{name or 'name'}`.")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
@@ -167,7 +197,7 @@ def get_reward_func(name: str) -> Callable:
         if not f"{module_name}.".startswith(f"{error.name}."):  # the module is there, but not what it imports
             raise
         raise ValueError(
-            f"`reward_funcs` names {name!r}, but there is no module {error.name!r}. Correct the name, or start from the "
+            f"`{field}` names {name!r}, but there is no module {error.name!r}. Correct the name, or start from the "
             f"folder that it is in: modules are looked up from the working directory ({os.getcwd()})."
         ) from error
     function = getattr(module, function_name, None)
@@ -176,7 +206,7 @@ def get_reward_func(name: str) -> Callable:
         nearest = difflib.get_close_matches(function_name, functions, n=1)
         remedy = f"Did you mean {nearest[0]!r}?" if nearest else "Correct the name."
         raise ValueError(
-            f"`reward_funcs` names {name!r}, but the module {module_name!r} has no function {function_name!r}. {remedy}"
+            f"`{field}` names {name!r}, but the module {module_name!r} has no function {function_name!r}. {remedy}"
         )
     return function
 
@@ -186,6 +216,8 @@ def main(script_args: GNDPOScriptArguments, training_args: GNDPOConfig | GSPOCon
         raise ValueError("`model_name_or_path` is not set. Give the student's path or hub id.")
     check_final_save(training_args)
     reward_funcs = [get_reward_func(name) for name in script_args.reward_funcs or []]
+    functions = {"teacher_prompt_fn": script_args.teacher_prompt_fn, "rollout_func": script_args.rollout_func}
+    options = {key: import_function(key, name) for key, name in functions.items() if name is not None}
     training_args.model_init_kwargs = {
         "revision": model_args.model_revision,
         "attn_implementation": model_args.attn_implementation,
@@ -212,6 +244,7 @@ def main(script_args: GNDPOScriptArguments, training_args: GNDPOConfig | GSPOCon
         eval_dataset=eval_dataset,
         quantization_config=get_quantization_config(model_args),
         peft_config=get_peft_config(model_args),
+        **options,
     )
 
     trainer.accelerator.print(f"Training with the algorithm {script_args.algorithm}.")

@@ -35,6 +35,7 @@ from .teacher_arguments import Student, get_reference, get_teacher
 from .teacher_logs import TeacherLogsMixin
 from .teachers import Teacher
 from .teachers.compatibility import describe
+from .teachers.prompt_fn import Completion, TeacherPromptFn, group_completions, write_prompts
 from .teachers.prompts import TeacherPrompts
 from .token_view.mixin import TokenViewMixin
 
@@ -49,7 +50,7 @@ class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, TokenViewMixin, ExtendedG
     token-level advantage of TRL's clipped policy-gradient loss. Everything else is [`~trl.GRPOTrainer`].
 
     The teacher reads the student's prompt, or the column `teacher_prompt` of the data where a row has one, see
-    [`~teachers.prompts.TeacherPrompts`].
+    [`~teachers.prompts.TeacherPrompts`], or what `teacher_prompt_fn` writes after sampling.
 
     Example:
 
@@ -76,6 +77,11 @@ class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, TokenViewMixin, ExtendedG
         teacher_processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
             Tokenizer or processor of the teacher, used to check that token ids and images mean the same to both
             models. If `None`, it is loaded from where the teacher came from.
+        teacher_prompt_fn (`Callable`, *optional*):
+            Writes the teacher's prompts after sampling, in training and evaluation: `teacher_prompt_fn(rows,
+            completions)` gets this process's rows of the data set and a [`~teachers.Completion`] for each (its text, its
+            rewards, the other completions of its prompt), and returns a list of as many prompts, as the column
+            `teacher_prompt` would hold them. `None` keeps the student's prompt for a row.
         args ([`GNDPOConfig`], *optional*):
             Configuration for this trainer. If `None`, a default configuration is used.
         reward_funcs (`RewardFunc | list[RewardFunc]`, *optional*):
@@ -133,16 +139,19 @@ class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, TokenViewMixin, ExtendedG
         environment_factory: Any = None,
         teacher_model: str | PathLike | PreTrainedModel | Teacher | dict[str, Any] | None = None,
         teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | None = None,
+        teacher_prompt_fn: TeacherPromptFn | None = None,
     ):
         model = fspath(model) if isinstance(model, PathLike) else model
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GNDPOConfig(f"{model_name.split('/')[-1]}-GNDPO")
-        check_arguments(args, rollout_func, teacher_model)
+        check_arguments(args, rollout_func, teacher_model, teacher_prompt_fn)
         student = Student(model, processing_class, is_peft=peft_config is not None or isinstance(model, PeftModel))
         self.teacher = get_teacher(teacher_model, teacher_processing_class, args, student)
         check_teacher(self.teacher, args)
         self.reference = get_reference(self.teacher, args, student)
+        self.teacher_prompt_fn = teacher_prompt_fn
+        self._completions: list[Completion] = []  # of the rollout in progress, where that function is to see them
         model_kwargs = args.model_init_kwargs or {}
         revision = model_kwargs.get("revision")
         trust_remote_code = model_kwargs.get("trust_remote_code", args.trust_remote_code)
@@ -189,7 +198,8 @@ class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, TokenViewMixin, ExtendedG
 
         # The teacher and the student as it sampled, log pi_T and log pi_old of every sampled token.
         with self._timer(seconds, "time/teacher_scoring"):
-            question = self._teacher_prompts.exchange({**rollout, "rows": inputs})
+            rows = self._with_teacher_prompts(mode, inputs)
+            question = self._teacher_prompts.exchange({**rollout, "rows": rows})
             self.teacher.start(question)
         comparison = (
             self._compare_distributions(rollout, question, seconds) if looks_at_vocabulary(self.args) else None
@@ -239,12 +249,37 @@ class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, TokenViewMixin, ExtendedG
         self._keep_token_rows(mode, rollout, scores, logps, mask)
         return rollout
 
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if self.teacher_prompt_fn is not None:
+            columns = [k for k, function in enumerate(self.reward_funcs) if function is not self.stand_in]
+            self._completions = group_completions(
+                completion_ids_list,
+                rewards[:, columns],
+                [self.reward_func_names[k] for k in columns],
+                self.num_generations if self.model.training else self.num_generations_eval,
+                self._tokenizer,
+            )
+        return rewards
+
+    def _with_teacher_prompts(self, mode: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The rows, with the prompts that `teacher_prompt_fn` writes for what was sampled after them."""
+        if self.teacher_prompt_fn is None:
+            return rows
+        completions, self._completions = self._completions, []
+        rows = write_prompts(self.teacher_prompt_fn, rows, completions)
+        has_own = [float(row["teacher_prompt"] is not None) for row in rows]
+        share = gather(torch.tensor(has_own, device=self.accelerator.device)).mean().item()
+        self._metrics[mode]["teacher/own_prompts"].append(share)
+        return rows
+
     def _scorers(self) -> list[Teacher]:
         is_another = self.reference is not None and self.reference is not self.teacher
         return [self.teacher, self.reference] if is_another else [self.teacher]
 
     def _get_teacher_prompts(self) -> TeacherPrompts:
         own_kwargs = self.args.teacher_chat_template_kwargs
+        has_prompt_fn = self.teacher_prompt_fn is not None
         prompts = TeacherPrompts(
             self.processing_class,
             self.chat_template_kwargs,
@@ -259,11 +294,14 @@ class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, TokenViewMixin, ExtendedG
                 "`teacher` that says whose a row is. Set it to False."
             )
         for field, dataset in by_argument(self.train_dataset, self.eval_dataset).items():
-            self.teacher.check_data(field, dataset)
+            self.teacher.check_data(field, dataset, has_prompt_fn)
             has_environments = self.environment_factories is not None
-            prompts.check_dataset(field, dataset, self.args.remove_unused_columns, has_environments)
+            prompts.check_dataset(
+                field, dataset, self.args.remove_unused_columns, has_environments, has_prompt_fn=has_prompt_fn
+            )
         columns = getattr(self.train_dataset, "column_names", None)
-        if own_kwargs is not None and columns is not None and "teacher_prompt" not in columns:
+        is_rendered = has_prompt_fn or columns is None or "teacher_prompt" in columns
+        if own_kwargs is not None and not is_rendered:
             raise ValueError(
                 f"`teacher_chat_template_kwargs` is {own_kwargs}, but `train_dataset` has no column `teacher_prompt` that "
                 f"they would render, only {columns}. Add one, or unset them."
@@ -357,12 +395,19 @@ class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, TokenViewMixin, ExtendedG
         self.teacher.load_state(folder)
 
 
-def check_arguments(args: GNDPOConfig, rollout_func: Callable | None, teacher_model: Any) -> None:
+def check_arguments(
+    args: GNDPOConfig, rollout_func: Callable | None, teacher_model: Any, teacher_prompt_fn: Any
+) -> None:
     """Raise before anything is loaded where the trainer's arguments cannot be meant so."""
     if not isinstance(args, GNDPOConfig):
         raise TypeError(
             f"`args` is a {type(args).__name__}, but GNDPOTrainer needs a GNDPOConfig: replace the class name, all "
             "fields of GRPOConfig are there."
+        )
+    if teacher_prompt_fn is not None and not callable(teacher_prompt_fn):
+        raise TypeError(
+            f"`teacher_prompt_fn` is {teacher_prompt_fn!r}, but has to be a function of rows and completions. Pass the "
+            "function itself; prompts that are known before sampling go into the column `teacher_prompt`."
         )
     if args.save_strategy != "no":
         check_final_save(args)

@@ -251,6 +251,10 @@ def readers_folder(tmp_path, checkpoints, monkeypatch) -> Path:
     data = tmp_path / "trl-lib" / "DeepMath-103K"
     data.mkdir(parents=True)
     Dataset.from_list(rows).to_parquet(data / "train.parquet")
+    tokens = tmp_path / "runs" / "digits" / "gndpo-seed20" / "token_scores"
+    tokens.mkdir(parents=True)
+    row = {"tokens": ["3", "+", "4"], "scores": [-1.0, None, 0.5], "advantages": [-0.7, 0.0, 0.7]}
+    Dataset.from_list([row]).to_parquet(tokens / "train_00010.parquet")
     model, processor = tiny_models.build_internvl()
     adapter = LoraConfig(r=2, target_modules=["q_proj"])
     tiny_models.save(get_peft_model(model, adapter), processor, tmp_path / "runs" / "1b-gndpo-lora")

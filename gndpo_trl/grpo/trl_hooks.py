@@ -60,6 +60,9 @@ OVERRIDDEN_METHODS = {
     "_prepare_inputs": ("self", "generation_batch"),
     # Its result is the batch that TRL shuffles, splits and hands to the loss; the advantages in it may be (B, T).
     "_generate_and_score_completions": ("self", "inputs"),
+    # Called on all ranks after sampling, with this rank's rows, messages and token ids (padding and the mask of truncated
+    # completions come later); returns the rewards `(N, F)` of the completions of all ranks, in rank order.
+    "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
     # Samples with `generation_config`, or with vLLM, where `vllm_generation.generation_kwargs` win over its options.
     "_generate_single_turn": None,
     # Reads `old_per_token_logps` from `inputs` only after the forward pass.

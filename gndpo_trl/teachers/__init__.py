@@ -1,10 +1,20 @@
 """Who scores the student's samples, and whether it can."""
 
 from .local import LocalTeacher
+from .prompt_fn import Completion, TeacherPromptFn
 from .routed import RoutedTeacher
 from .self_teacher import InitialStudent, SelfTeacher
 from .server import ServerTeacher
 from .teacher import Teacher
 
 
-__all__ = ["InitialStudent", "LocalTeacher", "RoutedTeacher", "SelfTeacher", "ServerTeacher", "Teacher"]
+__all__ = [
+    "Completion",
+    "InitialStudent",
+    "LocalTeacher",
+    "RoutedTeacher",
+    "SelfTeacher",
+    "ServerTeacher",
+    "Teacher",
+    "TeacherPromptFn",
+]

@@ -60,7 +60,9 @@ class TeacherPrompts:
             self.endings = [self._ending(student_kwargs), self._ending(teacher_kwargs)]
         self.is_shown = False
 
-    def check_dataset(self, field: str, dataset: Any, removes_columns: bool, has_environments: bool) -> None:
+    def check_dataset(
+        self, field: str, dataset: Any, removes_columns: bool, has_environments: bool, has_prompt_fn: bool = False
+    ) -> None:
         """
         Raise where the teacher's prompts in a data set could not be read, or would be lost.
 
@@ -69,32 +71,42 @@ class TeacherPrompts:
             dataset: The data set; one whose columns are not known is looked at row by row during the run.
             removes_columns (`bool`): `remove_unused_columns`.
             has_environments (`bool`): Whether environments write the student's prompts.
+            has_prompt_fn (`bool`): Whether a function writes the teacher's prompts during the run.
 
         Raises:
             `ValueError`: naming the data set, what is wrong, and the remedy.
         """
         columns = getattr(dataset, "column_names", None) or ()
-        if "teacher_prompt" not in columns:
+        has_column = "teacher_prompt" in columns
+        if has_column and has_prompt_fn:
+            raise ValueError(
+                f"The teacher's prompt is given twice: `teacher_prompt_fn` is set, and `{field}` has the column "
+                "`teacher_prompt`. Keep one of them; under another name the column reaches the function."
+            )
+        if not has_column and not has_prompt_fn:
             if "teacher_images" in columns:
                 raise ValueError(
                     f"`{field}` has the column `teacher_images`, but no `teacher_prompt` that they belong to. Add one "
                     "(the student's prompt, if only the images differ), or remove the column."
                 )
             return
-        if removes_columns:
+        own = [name for name in ("teacher_prompt", "teacher_images") if name in columns]
+        if removes_columns and own:
             raise ValueError(
-                f"`{field}` has the column `teacher_prompt`, but `remove_unused_columns` is True, which removes it. Set "
+                f"`{field}` has the column `{own[0]}`, but `remove_unused_columns` is True, which removes it. Set "
                 "`remove_unused_columns` to False, or remove the column to have the teacher read the student's prompt."
             )
+        source = "`teacher_prompt_fn` is set" if has_prompt_fn else f"`{field}` has the column `teacher_prompt`"
+        remedy = "Unset it" if has_prompt_fn else "Remove the column"
         if has_environments:
             raise ValueError(
-                f"`{field}` has the column `teacher_prompt`, but environments write the student's prompts, and what "
-                "they add would be missing in the teacher's. Remove the column, or train without `environment_factory`."
+                f"{source}, but environments write the student's prompts, and what they add would be missing in the "
+                f"teacher's. {remedy}, or train without `environment_factory`."
             )
         if self.tools and self.is_vlm:
             raise ValueError(
-                f"`{field}` has the column `teacher_prompt`, and `tools` may return images, which are then in the "
-                "completion and would be lost beside the teacher's own. Remove the column, or train without tools."
+                f"{source}, and `tools` may return images, which are then in the completion and would be lost beside the "
+                f"teacher's own. {remedy}, or train without tools."
             )
         if "teacher_images" in columns:
             if not self.is_vlm:
@@ -103,7 +115,7 @@ class TeacherPrompts:
                     "teacher reads what the student's processing class makes. Remove the column, or train an image-text "
                     "student."
                 )
-            if isinstance(dataset, Dataset):
+            if isinstance(dataset, Dataset) and has_column:
                 check_teacher_images(field, dataset)
 
     def exchange(self, rollout: dict[str, Any]) -> dict[str, Any]:

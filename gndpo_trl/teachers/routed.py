@@ -56,7 +56,7 @@ class RoutedTeacher(Teacher):
         for teacher in self.teachers.values():
             teacher.check(student)
 
-    def check_data(self, field: str, dataset: Any) -> None:
+    def check_data(self, field: str, dataset: Any, has_prompt_fn: bool) -> None:
         columns = getattr(dataset, "column_names", None)
         if columns is not None and "teacher" not in columns:
             raise ValueError(
@@ -72,7 +72,7 @@ class RoutedTeacher(Teacher):
             rows[name].append(index)
         for name, teacher in self.teachers.items():
             if rows[name]:
-                teacher.check_data(field, dataset.select(rows[name]))
+                teacher.check_data(field, dataset.select(rows[name]), has_prompt_fn)
             elif field == "train_dataset":
                 warnings.warn(
                     f"`teacher_model` has a teacher {name!r}, but no row of `{field}` names it: it stays idle."

@@ -29,8 +29,8 @@ class NeedsPrompts(Teacher):
 
     looks_at_rows = False  # in a stream of data, whose columns are not known before
 
-    def check_data(self, field: str, dataset: Any) -> None:
-        if field != "train_dataset":
+    def check_data(self, field: str, dataset: Any, has_prompt_fn: bool) -> None:
+        if field != "train_dataset" or has_prompt_fn:
             return
         columns = getattr(dataset, "column_names", None)
         self.looks_at_rows = columns is None
@@ -48,7 +48,7 @@ class NeedsPrompts(Teacher):
         raise ValueError(
             f'`teacher_model` is "self", but no row of `train_dataset` has a `teacher_prompt` (columns: {columns}). A model '
             "that reads what the student reads has nothing to teach it. Add the column, with what the teacher knows beside "
-            "the question, or name another model."
+            "the question, pass a `teacher_prompt_fn` to the trainer, or name another model."
         )
 
 

@@ -64,7 +64,7 @@ class Teacher(TrainerCallback):
             `ValueError`: if this teacher cannot score what the student samples.
         """
 
-    def check_data(self, field: str, dataset: Any) -> None:
+    def check_data(self, field: str, dataset: Any, has_prompt_fn: bool) -> None:
         """
         Look at a data set of the run, before it begins.
 
@@ -72,6 +72,7 @@ class Teacher(TrainerCallback):
             field (`str`): Argument of the trainer that it was passed as: `"train_dataset"`, `"eval_dataset"` or
                 `"eval_dataset['name']"`.
             dataset: The data set, or `None`.
+            has_prompt_fn (`bool`): Whether a `teacher_prompt_fn` writes the column `teacher_prompt` during the run.
 
         Raises:
             `ValueError`: if this teacher cannot teach from it.

@@ -2,7 +2,7 @@
 
 Its specification holds `model`, `teacher`, `config` (the fields of GNDPOConfig), and optionally `completions` (token ids
 of a completion for each prompt; without them the student samples), `images` (whether prompts have one), `own_prompts`
-(whether the teacher has some), `routed` (whether two teachers share the rows), `lora` (true or "4bit"), `resume`, `save`
+(whether the teacher has some), `prompt_fn` (whether a function writes them), `routed` (whether two teachers share the rows), `lora` (true or "4bit"), `resume`, `save`
 (a folder), `fail` (what shall go wrong on the last rank) and `fsdp` (see below).
 """
 
@@ -78,6 +78,25 @@ def make_rows(images: bool, own_prompts: bool = False, routed: bool = False) -> 
     return rows
 
 
+def char_reward(completions, **kwargs):
+    return [float(len(completion[0]["content"])) for completion in completions]
+
+
+def brief_all_but_the_longest(groups: list):
+    """A `teacher_prompt_fn` that keeps what it saw of groups, in `groups`."""
+
+    def teacher_prompt_fn(rows, completions):
+        groups.extend([[(one.text, one.rewards["char_reward"]) for one in each.group] for each in completions])
+        words = [row["prompt"][0]["content"].split()[2] for row in rows]
+        longest = [max(each.group, key=lambda one: one.num_tokens) for each in completions]  # of equals, the first
+        return [
+            None if each is other else [{"role": "user", "content": f"one plus one is what ? what is {word} ?"}]
+            for each, other, word in zip(completions, longest, words, strict=True)
+        ]
+
+    return teacher_prompt_fn
+
+
 def open_broken_image(rows: dict) -> dict:
     return {**rows, "images": [[Image.open(io.BytesIO(b"not an image"))] for _ in rows["prompt"]]}
 
@@ -91,8 +110,11 @@ def train(spec: dict) -> dict:
     quantization_config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_storage=torch.float32
     )
+    groups = []
     trainer = GNDPOTrainer(
         model=spec["model"],
+        reward_funcs=char_reward if spec.get("prompt_fn") else None,
+        teacher_prompt_fn=brief_all_but_the_longest(groups) if spec.get("prompt_fn") else None,
         teacher_model=(
             {"first": spec["teacher"], "second": LocalTeacher(spec["model"])}
             if spec.get("routed")
@@ -154,6 +176,7 @@ def train(spec: dict) -> dict:
         "teacher_parameters": {"held": held, "whole": whole},
         "log_history": trainer.state.log_history,
         "global_step": trainer.state.global_step,
+        "groups": groups,
         "has_generated": bool(advantages),
         "distributed_type": str(trainer.accelerator.distributed_type),
         "num_processes": trainer.accelerator.num_processes,

@@ -134,6 +134,33 @@ def test_two_processes_equal_one(launch, one_process, checkpoints, case, acceler
             assert report["teacher_buckets"] == [48 * 48, int(0.9 * 48 * 48), 10 * 48]
 
 
+@pytest.mark.parametrize("accelerate_config", ["ddp"])
+def test_a_function_sees_groups_that_are_split_over_processes(launch, checkpoints, accelerate_config):
+    """Three pairs of completions over two processes: both have one of the second pair, and see the other."""
+
+    def run(accelerate_config: str | None, batch_size: int):
+        config = {"num_generations": 2, "per_device_train_batch_size": batch_size}
+        run = launch(accelerate_config, "qwen3", config, completions=COMPLETIONS[:3], prompt_fn=True)
+        assert run.returncode == 0, run.output
+        return run
+
+    one, two = run(None, 6), run(accelerate_config, 3)
+    expected, found = one.reports[0], two.reports
+    assert [len(report["groups"]) for report in found] == [3, 3]
+    assert found[0]["groups"] + found[1]["groups"] == expected["groups"]
+    assert all(len(group) == 2 and len(text) == reward > 0 for group in expected["groups"] for text, reward in group)
+    advantages = {**found[0]["advantages"], **found[1]["advantages"]}
+    assert advantages.keys() == expected["advantages"].keys() == {"one", "two", "three"}
+    for word, row in expected["advantages"].items():
+        assert advantages[word] == pytest.approx(row, abs=1e-5), word
+    assert found[0]["log_history"][0]["teacher/own_prompts"] == 0.5
+
+    start = load_file(f"{checkpoints['qwen3-student']}/model.safetensors")
+    gradient_of_two = gradients(two, start)
+    for name, gradient in gradients(one, start).items():
+        torch.testing.assert_close(gradient_of_two[name], gradient, rtol=0, atol=1e-5)
+
+
 SELF_TAUGHT = {"teacher_weights": "ema", "teacher_ema_decay": 0.5, "max_steps": 3, "learning_rate": 0.1}
 
 
