@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 @dataclass(eq=False)
 class Completion:
     """
-    A completion that the student has sampled, as a [`TeacherPromptFn`] gets it.
+    A completion that the student has sampled, as a `teacher_prompt_fn` gets it.
 
     Attributes:
         text (`str`): What it says, without special tokens.
