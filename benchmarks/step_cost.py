@@ -16,7 +16,7 @@ What one optimizer step of on-policy distillation costs once the completions are
 All of them take their steps in turn, in one process, on the same completions, which are drawn once instead of sampled: with
 log-normal lengths of which the mean is 0.3 of the longest, and with equal lengths. Models have random weights. A step is
 everything between the completions and the updated weights; reported are medians over the repeated steps. Peak memory is
-measured in a step of its own: the weights and optimizer state of the arm, plus what the step needs on top of them.
+measured in as many steps of its own: the weights and optimizer state of the arm, plus what a step needs on top of them.
 
 Prompts of that are short. `--shared_prompts` adds cases with prompts as long as image questions are, with 16 completions
 each in micro-batches of 16, and log-normal lengths.
@@ -455,7 +455,8 @@ def measure(
         rows, completions = draw_batch(size, lengths, args)
         for name, arm in arms.items():
             arm.use(completions)
-            by_part = peak_bytes(arm, rows, device)
+            peaks = [peak_bytes(arm, rows, device) for _ in range(args.repeats)]
+            by_part = {part: int(statistics.median(peak[part] for peak in peaks)) for part in peaks[0]}
             result[name].update(peak_bytes=max(by_part.values()), peak_bytes_by_part=by_part)
     return results
 
