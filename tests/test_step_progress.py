@@ -138,3 +138,13 @@ def test_phases_count_the_tokens_that_they_go_through(make_trainer, monkeypatch)
         assert [total for _, total in seen[phase] if total] == scored and all(a == b for a, b in seen[phase])
     sampled = [done for done, _ in seen[GENERATING]]
     assert all(0 < some < all_tokens for some, all_tokens in zip(sampled, scored, strict=True))
+
+
+def test_a_run_may_begin_with_an_evaluation_or_in_the_middle_of_a_batch(make_trainer, text_dataset, tmp_path):
+    options = {"disable_tqdm": False, "num_iterations": 3, "output_dir": str(tmp_path), "save_strategy": "steps"}
+    options |= {"save_steps": 1, "eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
+    options["trainer_options"] = {"eval_dataset": text_dataset.select(range(8))}
+    make_trainer(max_steps=1, **options).train()
+    trainer = make_trainer(max_steps=2, **options)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
