@@ -157,7 +157,7 @@ class StepProgressMixin:
     """
 
     _line: StepLine | None = None
-    _num_tokens = 0  # of the generation batch; not known where a run begins with an evaluation, or in the middle of one
+    _num_tokens = 0  # of the generation batch; a run may begin with an evaluation, or in the middle of a batch
 
     def train(self, *args, **kwargs):
         if self.args.disable_tqdm or not self.is_world_process_zero():
