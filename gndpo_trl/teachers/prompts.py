@@ -144,7 +144,7 @@ class TeacherPrompts:
         if not any(own):
             return rollout
 
-        images = [row.get("teacher_images") or student_images(row) for row in rows]
+        images = [images_of(row) for row in rows]
         student_ids = [
             ids[mask.bool()].tolist() for ids, mask in zip(rollout["prompt_ids"], rollout["prompt_mask"], strict=True)
         ]
@@ -272,8 +272,10 @@ class TeacherPrompts:
                 print(f"A prompt as the {reader} reads it:\n{text}\n", flush=True)
 
 
-def student_images(row: dict[str, Any]) -> list | None:
-    """Images of a row as TRL finds them; `None` if it has none."""
+def images_of(row: dict[str, Any]) -> list | None:
+    """Images that the teacher sees: those of its own, else the student's as TRL finds them; `None` if there are none."""
+    if row.get("teacher_images"):
+        return row["teacher_images"]
     if "images" in row:
         return row["images"] or None
     return [row["image"]] if row.get("image") is not None else None

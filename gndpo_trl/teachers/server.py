@@ -18,7 +18,6 @@ from transformers.image_utils import load_image
 from trl.generation.vllm_client import pil_to_base64
 
 from ..grpo.checkpoints import RunCannotGoOn
-from ..grpo.data_checks import IMAGE_COLUMNS
 from .compatibility import (
     PROBE_SIZES,
     ModelDescription,
@@ -28,6 +27,7 @@ from .compatibility import (
     warn_on_chat_template,
     warn_on_special_tokens,
 )
+from .prompts import images_of
 from .teacher import Score, Teacher
 from .vllm_servers import NaNInAnswer, Refusal, ServerError, VLLMServers
 
@@ -37,9 +37,6 @@ IN_FLIGHT = 4
 
 # vLLM writes minus infinity so, because JSON cannot.
 MINUS_INFINITY = -9999.0
-
-# Columns with a row's images, the teacher's own first.
-COLUMNS = ("teacher_images", *IMAGE_COLUMNS)
 
 PROBE = "what is the sum of one and two ?"
 
@@ -398,9 +395,7 @@ class ServerTeacher(Teacher):
         if self.vocab_size is not None:  # what comes after a token that the server refuses, it cannot score either
             known = next((place for place, id in enumerate(completion) if id >= self.vocab_size), None)
             completion = completion[:known]
-        data = rollout["rows"][row]
-        images = next((data[column] for column in COLUMNS if data.get(column)), [])
-        images = images if isinstance(images, list) else [images]
+        images = images_of(rollout["rows"][row]) or []
         return Question((*prompt, *completion), len(prompt), tuple(Picture.of(image) for image in images))
 
     # One request
