@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from arm_cells import Task
 from arm_sampling import sample
-from datasets import Dataset, load_from_disk
+from datasets import load_from_disk
 from filelock import FileLock
 from transformers import (
     AutoModelForImageTextToText,
@@ -19,7 +19,6 @@ from transformers import (
     ProcessorMixin,
 )
 from transformers.image_utils import make_flat_list_of_images
-from trl import prepare_multimodal_messages
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
@@ -31,6 +30,7 @@ from digits_models import (  # noqa: E402
     build_student,
     build_teacher,
     save,
+    tokenize,
 )
 
 
@@ -97,22 +97,6 @@ def load_processor(path: Path) -> ProcessorMixin:
     processor = AutoProcessor.from_pretrained(path)
     processor.image_processor = RememberingImageProcessor(**processor.image_processor.to_dict())
     return processor
-
-
-def tokenize(processor: ProcessorMixin, rows: Dataset) -> dict[str, torch.Tensor]:
-    """Prompts of the rows as a model takes them, padded on the left."""
-    messages = [
-        prepare_multimodal_messages(prompt, images=images)
-        for prompt, images in zip(rows["prompt"], rows["images"], strict=True)
-    ]
-    return processor.apply_chat_template(
-        messages,
-        add_generation_prompt=True,
-        tokenize=True,
-        return_dict=True,
-        return_tensors="pt",
-        processor_kwargs={"padding": True, "padding_side": "left"},
-    )
 
 
 @dataclass

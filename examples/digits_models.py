@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
+    BatchFeature,
     CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlavaConfig,
@@ -23,6 +24,7 @@ from transformers import (
     LlavaProcessor,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    ProcessorMixin,
     Qwen3Config,
     set_seed,
 )
@@ -161,6 +163,22 @@ def train_sft(
     SFTTrainer(model=model, args=args, train_dataset=train_split, processing_class=processor).train()
 
 
+def tokenize(processor: ProcessorMixin, rows: Dataset | dict[str, list]) -> BatchFeature:
+    """Prompts of the rows as a model takes them, padded on the left."""
+    messages = [
+        prepare_multimodal_messages(prompt, images=images)
+        for prompt, images in zip(rows["prompt"], rows["images"], strict=True)
+    ]
+    return processor.apply_chat_template(
+        messages,
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+        processor_kwargs={"padding": True, "padding_side": "left"},
+    )
+
+
 @torch.no_grad()
 def greedy_accuracy(path: str | Path, split: Dataset, batch_size: int = 125) -> float:
     """
@@ -173,18 +191,7 @@ def greedy_accuracy(path: str | Path, split: Dataset, batch_size: int = 125) -> 
     correct = 0
     for start in tqdm(range(0, len(split), batch_size), desc="greedy accuracy"):
         rows = split[start : start + batch_size]
-        messages = [
-            prepare_multimodal_messages(prompt, images=images)
-            for prompt, images in zip(rows["prompt"], rows["images"], strict=True)
-        ]
-        inputs = processor.apply_chat_template(
-            messages,
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-            processor_kwargs={"padding": True, "padding_side": "left"},
-        )
+        inputs = tokenize(processor, rows)
         tokens = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
         texts = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         correct += sum(is_correct(text, solution) for text, solution in zip(texts, rows["solution"], strict=True))
