@@ -145,15 +145,12 @@ class ExpectationMixin(SequenceTokenMixin):
         order = (lengths.cumsum(0) - lengths)[self._row_of_position] + places % width
         teacher_hidden = torch.cat(inputs["teacher_hidden_states"]).to(device)[order]
 
-        moments = inputs.get("score_moments")
-        shift, scale = (None, None) if moments is None else shift_and_scale(moments, self.args.std_floor)
-        ones = call.hidden.new_ones(len(places), dtype=fields[0].dtype)
-        self._weighting = Weighting(
-            scale=ones if scale is None else scale.to(ones)[self._row_of_position],
-            shift=torch.zeros_like(ones) if shift is None else shift.to(ones)[self._row_of_position],
-        )
-        if self.args.score_baseline == "expected":
-            self._weighting.shift = None
+        scale = call.hidden.new_ones(len(places), dtype=fields[0].dtype)
+        shift = torch.zeros_like(scale)
+        if inputs.get("score_moments") is not None:
+            shifts, scales = shift_and_scale(inputs["score_moments"], self.args.std_floor)
+            shift, scale = (values.to(scale)[self._row_of_position] for values in (shifts, scales))
+        self._weighting = Weighting(scale, None if self.args.score_baseline == "expected" else shift)
         weights = (call.weight, call.bias, self._teacher_head.weight, self._teacher_head.bias)
         contribution = ExpectedAdvantage.apply(
             call.hidden,
