@@ -11,8 +11,13 @@ demo: $(VENV)/.installed
 	PYTHONWARNINGS=ignore::FutureWarning $(VENV)/bin/python examples/digits_demo.py --seed $(SEED)
 
 # The documentation as a site, in build/site. A broken link or reference is an error.
-docs: $(VENV)/.installed
+docs: $(VENV)/.installed docs/run_report.png
 	$(VENV)/bin/mkdocs build --strict
+
+# And docs/token_view.png with it: pictures of pages, of a run of the demo.
+docs/run_report.png: $(wildcard gndpo_trl/report/*.* gndpo_trl/token_view/*.*) docs/_site/pictures.py
+	$(MAKE) demo SEED=20
+	$(VENV)/bin/python docs/_site/pictures.py runs/digits/gndpo-seed20 docs
 
 test: check
 	$(PYTEST)

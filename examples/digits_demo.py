@@ -1,11 +1,11 @@
 """
-The demo from end to end: build a teacher and a student that adds badly, distill one into the other, measure, plot.
+The demo from end to end: build a teacher and a student that adds badly, distill one into the other, measure, report.
 
     python examples/digits_demo.py --seed 0
 
-Everything goes to `--output_dir`: the data and models of each seed (built once), the trained student, `summary.json`
-and `report.png`. Reported accuracies are greedy, on pairs of test scans that no model was trained on and that no
-setting was chosen with; the validation split was there for that.
+Everything goes to `--output_dir`: the data and models of each seed (built once), the trained student with the tokens of
+each step and the report of its run, and `summary.json`. Reported accuracies are greedy, on pairs of test scans that no
+model was trained on and that no setting was chosen with; the validation split was there for that.
 """
 
 import argparse
@@ -17,15 +17,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
 import torch
 from datasets import load_from_disk
 from digits_data import build_splits
 from digits_models import build_student, build_teacher, greedy_accuracy
 
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
+from gndpo_trl.report.command import write_report
 
 
 ROOT = Path(__file__).parents[1]
@@ -55,51 +52,10 @@ def train_gndpo(student: Path, teacher: Path, data: Path, output_dir: Path, seed
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
     arguments = ["--config", RECIPE, "--seed", seed, "--data_seed", seed, "--output_dir", output_dir]
     arguments += ["--model_name_or_path", student, "--teacher_model_name_or_path", teacher, "--dataset_name", data]
+    arguments += ["--log_completions", "true", "--num_completions_to_print", "2"]
     with open(output_dir / "train.log", "w") as log:
         command = [*launch, ROOT / "examples" / "train_gndpo.py", *arguments, *options]
         subprocess.run([str(part) for part in command], cwd=ROOT, stdout=log, check=True)
-
-
-def plot_report(steps: list[dict], summary: dict, path: Path) -> None:
-    """Accuracy, reverse KL, gradient norm and the distribution of the scores over the run, as one picture."""
-
-    def curve(name: str) -> list[float]:
-        return [step[name] for step in steps]
-
-    x = curve("step")
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout="constrained")
-    figure.suptitle(f"GNDPO on handwritten digits, seed {summary['seed']}")
-
-    accuracy = axes[0, 0]
-    accuracy.plot(x, curve("rewards/sum_reward/mean"), color="tab:blue", alpha=0.6, label="student, sampled, training")
-    ends = [summary["student_accuracy_before"], summary["student_accuracy_after"]]
-    accuracy.plot([x[0], x[-1]], ends, "o--", color="tab:orange", label="student, greedy, test scans")
-    accuracy.axhline(
-        summary["teacher_accuracy"], color="tab:green", linestyle=":", label="teacher, greedy, test scans"
-    )
-    accuracy.set(title="Accuracy", ylim=(0, 1))
-    accuracy.legend(loc="lower right")
-
-    axes[0, 1].plot(x, curve("reverse_kl"), label="k1: - mean score")
-    axes[0, 1].plot(x, curve("reverse_kl_k3"), label="k3")
-    axes[0, 1].set(title="Reverse KL to the teacher (nats per token)")
-    axes[0, 1].legend()
-
-    axes[1, 0].plot(x, curve("grad_norm"), color="tab:red")
-    axes[1, 0].set(title="Gradient norm before clipping", xlabel="step", ylim=(0, None))
-
-    scores = axes[1, 1]
-    mean, std = torch.tensor(curve("score/mean")), torch.tensor(curve("score/std"))
-    scores.fill_between(x, curve("score/min"), curve("score/max"), alpha=0.15, label="min to max")
-    scores.fill_between(x, mean - std, mean + std, alpha=0.4, label="mean ± std")
-    scores.plot(x, mean, label="mean")
-    scores.axhline(-5, color="gray", linestyle=":", label="clamp")
-    scores.axhline(5, color="gray", linestyle=":")
-    scores.set(title="Raw scores, before the clamp (nats)", xlabel="step")
-    scores.legend(loc="lower right")
-
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def print_table(summary: dict) -> None:
@@ -153,9 +109,9 @@ def main() -> None:
         "peak_grad_norm": max(step["grad_norm"] for step in steps),
     }
     (output_dir / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    plot_report(steps, summary, output_dir / "report.png")
+    report = write_report([trained], trained / "report")
     print_table(summary)
-    print(f"Written: {args.output_dir / 'summary.json'}, {args.output_dir / 'report.png'}")
+    print(f"Written: {args.output_dir / 'summary.json'}, {args.output_dir / report.relative_to(output_dir)}")
 
 
 if __name__ == "__main__":

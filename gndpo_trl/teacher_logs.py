@@ -26,17 +26,25 @@ class TeacherLogsMixin(RewardStandInMixin):
 
     stand_in = staticmethod(teacher_score)
 
+    _generation_seconds = 0.0  # of this rank, for the generation batch in progress
+
+    def _now(self) -> float:
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self.accelerator.device)
+        return time.perf_counter()
+
+    def _generate(self, prompts: list):
+        start = self._now()
+        result = super()._generate(prompts)
+        self._generation_seconds = self._now() - start
+        return result
+
     @contextmanager
     def _timer(self, seconds: dict[str, float], name: str) -> Iterator[None]:
-        def now() -> float:
-            if self.accelerator.device.type == "cuda":
-                torch.cuda.synchronize(self.accelerator.device)
-            return time.perf_counter()
-
         self._begin_phase(name.removeprefix("time/").replace("_", " "))
-        start = now()
+        start = self._now()
         yield
-        seconds[name] = seconds.get(name, 0.0) + now() - start
+        seconds[name] = seconds.get(name, 0.0) + self._now() - start
 
     def _log_teacher(
         self,

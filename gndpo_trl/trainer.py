@@ -191,9 +191,10 @@ class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, TokenViewMixin, ExtendedG
             suppress_tokens(self, range(self.teacher.vocab_size, vocab_size))
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        mode, seconds = "train" if self.model.training else "eval", {}
+        mode = "train" if self.model.training else "eval"
         # The student samples completions.
         rollout = super()._generate_and_score_completions(inputs)
+        seconds = {"time/generation": self._generation_seconds}
         check_images_were_kept(rollout, self.max_completion_length)
 
         # The teacher and the student as it sampled, log pi_T and log pi_old of every sampled token.

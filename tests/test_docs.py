@@ -29,6 +29,7 @@ from torch.distributed.run import get_args_parser
 
 import gndpo_trl
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
+from gndpo_trl.report.command import build_parser
 from gndpo_trl.teachers import Teacher
 
 
@@ -42,7 +43,19 @@ OTHERS = [
     *("cd", "git clone", "vllm serve", "accelerate launch --num_processes 8 -m lmms_eval"),
     *("python -m lmms_eval", "python run.py", "torchrun --nproc-per-node 8 run.py"),
 ]
-COMMANDS = ("accelerate", "git", "lint-imports", "make", "pip", "pytest", "python", "ruff", "torchrun", "vllm")
+COMMANDS = (
+    "accelerate",
+    "git",
+    "gndpo-report",
+    "lint-imports",
+    "make",
+    "pip",
+    "pytest",
+    "python",
+    "ruff",
+    "torchrun",
+    "vllm",
+)
 
 
 def read_blocks(path: Path) -> list[tuple[str, str]]:
@@ -162,6 +175,8 @@ def check_command(words: list[str], monkeypatch, pytestconfig) -> None:
             check_pytest(arguments, pytestconfig)
         case ["python" | ".venv/bin/python", script, *arguments] if script.startswith(("examples/", "benchmarks/")):
             check_script(script, arguments, monkeypatch)
+        case ["gndpo-report", *arguments]:
+            build_parser().parse_args(arguments)
         case ["make", *arguments]:
             check_make(arguments)
         case ["pip", "install", *requirements]:

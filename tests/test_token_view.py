@@ -4,6 +4,7 @@ import io
 import json
 import math
 import struct
+import sys
 from pathlib import Path
 
 import datasets
@@ -470,4 +471,42 @@ def test_wandb_gets_the_table_beside_the_metrics(make_trainer, tmp_path, monkeyp
         assert [token[0] for token in tokens] == row["tokens"]
         for place, name in enumerate(("scores", "teacher_logps", "student_logps", "advantages"), start=1):
             assert [token[place] for token in tokens] == pytest.approx(row[name], abs=1e-4)
+        assert len(line["images"]) == len(row["images"]) > 0
+
+
+def test_tensorboard_gets_the_metrics(make_trainer, tmp_path, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "tensorboard"))
+    trainer = make_trainer(log_completions=True, num_completions_to_print=0, report_to=["tensorboard"], max_steps=2)
+    trainer.train()
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    logged = [entry for entry in trainer.state.log_history if "reverse_kl" in entry]
+    for metric in ("reverse_kl", "score/p50", "grad_norm", "time/generation"):
+        found = [(event.step, event.value) for event in events.Scalars(f"train/{metric}")]
+        assert found == [(entry["step"], pytest.approx(entry[metric])) for entry in logged]
+    assert len(logged) == 2
+
+
+def test_trackio_gets_the_table_beside_the_metrics(make_trainer, tmp_path, monkeypatch):
+    storage = pytest.importorskip("trackio.sqlite_storage").SQLiteStorage
+    # Its folders are constants, made when TRL imports it.
+    for module in [module for name, module in sys.modules.items() if name.split(".")[0] == "trackio"]:
+        for constant in {"TRACKIO_DIR", "MEDIA_DIR"} & vars(module).keys():
+            monkeypatch.setattr(module, constant, tmp_path / constant)
+    options = {"report_to": ["trackio"], "project": "token-view", "run_name": "run", "max_steps": 1}
+    trainer = make_trainer("internvl", log_completions=True, num_completions_to_print=0, **options)
+    trainer.train()
+    found = {name: value for entry in storage.get_logs("token-view", "run") for name, value in entry.items()}
+    logged = trainer.state.log_history[0]
+    assert (tmp_path / "TRACKIO_DIR").is_dir()
+    assert found["train/reverse_kl"] == pytest.approx(logged["reverse_kl"])
+    rows = read(trainer)["train_00001"]
+    table = found["token_scores"]
+    assert table["_type"] == "trackio.table" and len(table["_value"]) == len(rows)
+    for line, row in zip(table["_value"], rows, strict=True):
+        assert line["completion"] == row["completion"] and line["prompt"] == row["prompt"]
+        tokens = json.loads(line["tokens"])
+        assert [token[0] for token in tokens] == row["tokens"]
+        assert [token[1] for token in tokens] == pytest.approx(row["scores"], abs=1e-4)
         assert len(line["images"]) == len(row["images"]) > 0
