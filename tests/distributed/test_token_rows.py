@@ -5,8 +5,10 @@ import pytest
 from test_numbers import COMPLETIONS
 
 
-@pytest.mark.parametrize("accelerate_config", ["ddp"])
-@pytest.mark.parametrize("family", ["qwen3", "internvl"])
+@pytest.mark.parametrize(
+    ("family", "accelerate_config"),
+    [("qwen3", "ddp"), ("internvl", "ddp"), ("internvl", "zero3"), ("qwen3", "fsdp2")],
+)
 def test_the_rows_of_all_processes_are_written_once(launch, accelerate_config, family):
     config = {
         "log_completions": True,
@@ -14,7 +16,7 @@ def test_the_rows_of_all_processes_are_written_once(launch, accelerate_config, f
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
     }
-    run = launch(accelerate_config, family, config, completions=COMPLETIONS)
+    run = launch(accelerate_config, family, config, completions=COMPLETIONS, fsdp=accelerate_config == "fsdp2")
     assert run.returncode == 0, run.output
     (path,) = (run.folder / "out" / "token_scores").glob("*.parquet")
     assert path.stem == "train_00001" and path.with_suffix(".html").exists()
