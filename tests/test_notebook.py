@@ -1,5 +1,6 @@
 """The notebooks, executed from top to bottom: two that make their models, for few steps, and one on drawn problems."""
 
+import html
 import json
 import os
 import re
@@ -82,6 +83,11 @@ def test_every_cell_runs(notebook, checkpoints, tmp_path, monkeypatch):
 SHOWN = ["gndpo_sorting", "gndpo_digits"]
 
 
+def shown_page(cell) -> str:
+    """The page of the token view that a cell shows, which an attribute of its output holds."""
+    return html.unescape(re.search(r'srcdoc="([^"]*)"', cell.outputs[0].data["text/html"])[1])
+
+
 def printed(cell) -> str:
     return "".join(output.get("text", "") for output in cell.outputs)
 
@@ -96,8 +102,9 @@ def test_committed_outputs_show_a_run_that_helped(name):
     assert has_figure(cells["plot"])
     before, after = (float(share) for share in re.findall(r"([\d.]+)% (?:before|after)", printed(cells["train"])))
     assert after > before + 20
-    for cell in ("tokens", "after"):
-        assert "background-color" in cells[cell].outputs[0].data["text/html"]
+    pages = [shown_page(cells[cell]) for cell in ("tokens", "after")]
+    steps = [int(re.search(r"<title>Tokens of step (\d+), train</title>", page)[1]) for page in pages]
+    assert steps[0] == 1 and steps[1] >= 80
 
 
 @pytest.mark.processes
@@ -124,3 +131,4 @@ def test_notebooks_that_make_their_models_run(name, tmp_path, monkeypatch):
     cells = code_cells(notebook)
     assert has_figure(cells["plot"])
     assert "% before" in printed(cells["train"])
+    assert f"<title>Tokens of step {STEPS}, train</title>" in shown_page(cells["after"])

@@ -1,5 +1,6 @@
 """What a run has left in its folder: the log in its trainer state, and the pages of its token view."""
 
+import itertools
 import json
 import os
 import re
@@ -141,9 +142,6 @@ def token_pages(folder: Path) -> list[TokenPage]:
 
 
 def short_names(folders: list[Path]) -> list[str]:
-    """As much of the end of each path as tells all of them apart."""
-    for length in range(1, max(len(folder.parts) for folder in folders) + 1):
-        names = [os.path.join(*folder.parts[-length:]) for folder in folders]
-        if len(set(names)) == len(names):
-            return names
-    raise ValueError("Two of the folders are the same.")
+    """As much of the end of each of several paths as tells all of them apart; no two are the same."""
+    names_by_length = ([os.path.join(*folder.parts[-length:]) for folder in folders] for length in itertools.count(1))
+    return next(names for names in names_by_length if len(set(names)) == len(names))
