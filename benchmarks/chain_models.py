@@ -54,4 +54,4 @@ def build_teacher(splits: DatasetDict, output_dir: Path, seed: int) -> None:
 
 def build_student(splits: DatasetDict, output_dir: Path, seed: int) -> None:
     """Trained on answers of which half state a first sum that is one too high."""
-    train(with_wrong_sums(splits["train"], seed), output_dir, seed, width=48, max_steps=500, learning_rate=3e-3)
+    train(with_wrong_sums(splits["train"], seed), output_dir, seed, width=48, max_steps=600, learning_rate=3e-3)

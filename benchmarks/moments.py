@@ -59,12 +59,13 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="+", type=int, default=[30, 31, 32])
     parser.add_argument("--prompts", type=int, default=1024, help="that the student answers, a multiple of 16")
     parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "arms", help="where arms.py keeps models")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="written anew by every command")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="rows of other tasks and seeds stay")
     parser.add_argument("--smoke", action="store_true", help="models that know nothing")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    rows = []
+    rows = pd.read_parquet(args.results).to_dict("records") if args.results.exists() else []
+    rows = [row for row in rows if row["task"] not in args.tasks or row["seed"] not in args.seeds]
     for name in args.tasks:
         task = (SMOKE_TASKS if args.smoke else TASKS)[name]
         for seed in args.seeds:
@@ -85,7 +86,8 @@ def main() -> int:
                 known = {"task": name, "seed": seed, "prompts": size}
                 rows.append({**known, **moment_errors(torch.cat(moments), size)})
             print(f"{name}, seed {seed}", flush=True)
-    write_whole(args.results, lambda partial: pd.DataFrame(rows).to_parquet(partial))
+    table = pd.DataFrame(rows).sort_values(["task", "seed", "prompts"], ignore_index=True)
+    write_whole(args.results, lambda partial: table.to_parquet(partial))
     return 0
 
 
