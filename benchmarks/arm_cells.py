@@ -1,6 +1,6 @@
 """What is compared, as plain data: the arms, the tasks, and the regimes in which they are run."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 
@@ -63,25 +63,31 @@ ARMS = {
 @dataclass(frozen=True)
 class Task:
     """
-    Sums of handwritten digits, see `examples/digits_data.py`.
+    Arithmetic on handwritten digits.
 
     Attributes:
-        train_pairs, test_pairs: Rows of the splits; no run sees a scan of the test split.
+        train_rows, test_rows: Rows of the splits; no run sees a scan of the test split.
+        max_new_tokens: Length after which a completion is cut off.
         steps: Of every run.
         eval_steps: Number of steps between two evaluations.
         trained: Whether teacher and student have learned anything before.
     """
 
-    train_pairs: int = 10_000
-    test_pairs: int = 500
+    train_rows: int = 10_000
+    test_rows: int = 500
+    max_new_tokens: int = 32
     steps: int = 200
     eval_steps: int = 50
     trained: bool = True
 
 
-TASKS = {"digits": Task()}
+# `digits` is the demo's task, `examples/digits_data.py`; `chain` is that of `chain_data.py`.
+TASKS = {"digits": Task(), "chain": Task(max_new_tokens=160, steps=150)}
 
-SMOKE_TASK = Task(train_pairs=64, test_pairs=8, steps=2, eval_steps=2, trained=False)
+SMOKE_TASKS = {
+    name: replace(task, train_rows=64, test_rows=8, steps=2, eval_steps=2, trained=False)
+    for name, task in TASKS.items()
+}
 
 
 @dataclass(frozen=True)
@@ -92,8 +98,10 @@ class Regime:
     Attributes:
         options: Fields of the configuration of every arm.
         prompts, num_generations: Of a generation batch, which is the batch of one optimizer step.
-        teacher: `"teacher"`; `"outliers"`, the same but sure of a random token at two of a hundred positions; or
-            `"student"`, the student itself with its weights in bfloat16, so that scores are rounding errors.
+        teacher: `"teacher"`; `"outliers"`, the same but sure of a random token at two of a hundred positions;
+            `"four-bit"`, the same with the weights of its linear layers in 4 bits; `"other-end"`, the same but ending its
+            turn with another token than the student; or `"student"`, the student itself with its weights in bfloat16, so
+            that scores are rounding errors.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
@@ -114,6 +122,9 @@ REGIMES = {
     "outliers-unclipped": Regime(teacher="outliers", options={"max_grad_norm": 1e9}),
     "one-prompt": Regime(prompts=1),
     "four-prompts": Regime(prompts=4),
+    "many-prompts": Regime(prompts=64),
+    "four-bit-teacher": Regime(teacher="four-bit"),
+    "other-end": Regime(teacher="other-end"),
     "own-teacher": Regime(teacher="student"),
     "own-teacher-floor": Regime(teacher="student", options={"std_floor": 0.1}),
 }

@@ -22,17 +22,16 @@ from transformers.image_utils import make_flat_list_of_images
 
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-from digits_data import build_splits, is_correct  # noqa: E402
-from digits_models import (  # noqa: E402
-    MAX_NEW_TOKENS,
-    build_model,
-    build_processor,
-    build_student,
-    build_teacher,
-    save,
-    tokenize,
-)
+import chain_data  # noqa: E402
+import chain_models  # noqa: E402
+import digits_data  # noqa: E402
+import digits_models  # noqa: E402
+from digits_data import is_correct  # noqa: E402
+from digits_models import build_model, save, tokenize  # noqa: E402
 
+
+# Where the data and the models of a task are made, by functions of the same names.
+SOURCES = {"digits": (digits_data, digits_models), "chain": (chain_data, chain_models)}
 
 # Prompts for a reverse KL: enough that its error is a few percent, and as many samples.
 KL_PROMPTS = 250
@@ -44,6 +43,7 @@ def build_once(name: str, task: Task, seed: int, which: str, output_dir: Path) -
 
     Others may ask for it at the same time: one builds, they wait. An interrupted build is never taken for a finished one.
     """
+    data, models = SOURCES[name]
     path = output_dir / name / f"{which}-seed{seed}"
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{path}.lock"):
@@ -51,12 +51,12 @@ def build_once(name: str, task: Task, seed: int, which: str, output_dir: Path) -
             partial = path.with_name(f"{path.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
             if which == "data":
-                build_splits(seed, train_pairs=task.train_pairs, test_pairs=task.test_pairs).save_to_disk(partial)
+                data.build_splits(seed, train_rows=task.train_rows, test_rows=task.test_rows).save_to_disk(partial)
             elif task.trained:
                 splits = load_from_disk(build_once(name, task, seed, "data", output_dir))
-                {"teacher": build_teacher, "student": build_student}[which](splits, partial, seed)
+                {"teacher": models.build_teacher, "student": models.build_student}[which](splits, partial, seed)
             else:
-                processor = build_processor()
+                processor = models.build_processor()
                 save(build_model(processor, width=32, seed=seed + (which == "teacher")), processor, partial)
             partial.rename(path)
     return path
@@ -71,6 +71,41 @@ def round_weights(model: PreTrainedModel) -> None:
     """Give a model the weights that it would have if it had been saved in bfloat16."""
     for parameter in model.parameters():
         parameter.copy_(parameter.bfloat16())
+
+
+# The 16 values of NF4, arXiv 2305.14314: quantiles of a normal distribution, between -1 and 1.
+NF4 = torch.tensor(
+    [-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.09105004, 0.0]
+    + [0.0795803, 0.1609302, 0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0]
+)
+NF4_BLOCK = 64
+
+
+def to_four_bits(weight: torch.Tensor) -> torch.Tensor:
+    """What is left of a weight in NF4: each run of `NF4_BLOCK` numbers, row by row, has its largest as its scale."""
+    blocks = weight.reshape(-1, NF4_BLOCK)
+    scales = blocks.abs().amax(-1, keepdim=True)
+    nearest = (blocks / scales.clamp_min(1e-30)).unsqueeze(-1).sub(NF4).abs().argmin(-1)
+    return (NF4[nearest] * scales).reshape(weight.shape)
+
+
+@torch.no_grad()
+def round_to_four_bits(model: PreTrainedModel) -> None:
+    """Give the linear layers of a model, but not its LM head, the weights that 4-bit quantization leaves them."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+            module.weight.copy_(to_four_bits(module.weight))
+
+
+@torch.no_grad()
+def swap_ends(model: PreTrainedModel, first: int, second: int) -> None:
+    """Have a model say the token `second` wherever it said `first`, and the other way round; it reads both as before."""
+    head = model.get_output_embeddings()
+    weight = head.weight.clone()
+    weight[[first, second]] = weight[[second, first]]
+    # No longer the embedding's.
+    head.weight = torch.nn.Parameter(weight)
+    model.config.tie_word_embeddings = model.config.get_text_config().tie_word_embeddings = False
 
 
 class RememberingImageProcessor(CLIPImageProcessorPil):
@@ -119,9 +154,10 @@ class Evaluation:
 class Evaluator:
     """Evaluates models on the test questions of a task and seed, without touching the state of torch's generator."""
 
-    def __init__(self, data: Path, processor: ProcessorMixin, teacher: PreTrainedModel):
+    def __init__(self, data: Path, processor: ProcessorMixin, teacher: PreTrainedModel, max_new_tokens: int):
         rows = load_from_disk(data)["test"]
         self.processor, self.teacher, self.solutions = processor, teacher, rows["solution"]
+        self.max_new_tokens = max_new_tokens
         self.end_id = processor.tokenizer.eos_token_id
         self.questions = tokenize(processor, rows)
 
@@ -145,7 +181,7 @@ class Evaluator:
 
     def greedy_accuracy(self, model: PreTrainedModel) -> float:
         # Nothing is suppressed: a model that says `<image>` is wrong on that row.
-        tokens, mask = sample(model, self.questions, self.end_id, MAX_NEW_TOKENS, greedy=True, suppress=False)
+        tokens, mask = sample(model, self.questions, self.end_id, self.max_new_tokens, greedy=True, suppress=False)
         texts = [
             self.processor.decode(ids[keep], skip_special_tokens=True) for ids, keep in zip(tokens, mask, strict=True)
         ]
@@ -154,7 +190,7 @@ class Evaluator:
 
     def reverse_kl(self, model: PreTrainedModel) -> tuple[float, float]:
         questions = {key: value[:KL_PROMPTS] for key, value in self.questions.items()}
-        completions, mask = sample(model, questions, self.end_id, MAX_NEW_TOKENS)
+        completions, mask = sample(model, questions, self.end_id, self.max_new_tokens)
         inputs = {
             **questions,
             "input_ids": torch.cat([questions["input_ids"], completions], dim=1),

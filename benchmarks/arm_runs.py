@@ -8,11 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arm_cells import ARMS, REGIMES, SMOKE_REGIME, SMOKE_TASK, TASKS
-from arm_models import Evaluation, Evaluator, build_once, load_model, load_processor, round_weights
+from arm_cells import ARMS, REGIMES, SMOKE_REGIME, SMOKE_TASKS, TASKS
+from arm_models import (
+    Evaluation,
+    Evaluator,
+    build_once,
+    load_model,
+    load_processor,
+    round_to_four_bits,
+    round_weights,
+    swap_ends,
+)
 from arm_trainers import build_trainer
 from datasets import load_from_disk
-from transformers import PreTrainedModel, PrinterCallback, TrainerCallback
+from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, TrainerCallback
 
 
 # Share of positions at which the teacher with outliers is sure of a random token, and the length of its hidden state there.
@@ -58,16 +67,12 @@ def run_cell(
     row = {"task": task, "regime": regime, "arm": arm, "learning_rate": learning_rate, "seed": seed}
     size, conditions = TASKS[task], REGIMES[regime]
     if smoke:
-        size, conditions = SMOKE_TASK, replace(conditions, **SMOKE_REGIME)
+        size, conditions = SMOKE_TASKS[task], replace(conditions, **SMOKE_REGIME)
     paths = {which: build_once(task, size, seed, which, output_dir) for which in ("data", "teacher", "student")}
     student = load_model(paths["student"])
-    teacher = load_model(paths["student" if conditions.teacher == "student" else "teacher"])
-    if conditions.teacher == "student":
-        round_weights(teacher)
-    if conditions.teacher == "outliers":
-        add_outliers(teacher)
     processor = load_processor(paths["student"])
-    evaluate = Evaluator(paths["data"], processor, teacher)
+    teacher = load_teacher(conditions.teacher, paths, processor)
+    evaluate = Evaluator(paths["data"], processor, teacher, size.max_new_tokens)
     measurements = Measurements(evaluate, size.eval_steps)
     history, seconds, diverged = [], 0.0, False
     if arm in ("student", "teacher"):
@@ -77,7 +82,7 @@ def run_cell(
         with tempfile.TemporaryDirectory() as folder:
             options["output_dir"] = folder
             train_split = load_from_disk(paths["data"])["train"]
-            trainer = build_trainer(ARMS[arm], conditions, student, teacher, processor, train_split, options)
+            trainer = build_trainer(ARMS[arm], size, conditions, student, teacher, processor, train_split, options)
             trainer.add_callback(measurements)
             trainer.remove_callback(PrinterCallback)
             start = time.perf_counter()
@@ -101,6 +106,21 @@ def run_cell(
         known = bool(history) and all(key in history[0] for key in keys)
         row[name] = [sum(entry.get(key, math.nan) for key in keys) for entry in history] if known else []
     return row
+
+
+def load_teacher(kind: str, paths: dict[str, Path], processor: ProcessorMixin) -> PreTrainedModel:
+    """The teacher of a regime, see [`Regime`]."""
+    teacher = load_model(paths["student" if kind == "student" else "teacher"])
+    if kind == "student":
+        round_weights(teacher)
+    elif kind == "outliers":
+        add_outliers(teacher)
+    elif kind == "four-bit":
+        round_to_four_bits(teacher)
+    elif kind == "other-end":
+        tokenizer = processor.tokenizer
+        swap_ends(teacher, tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(tokenizer.turn_token))
+    return teacher
 
 
 def add_outliers(model: PreTrainedModel) -> None:

@@ -5,12 +5,11 @@ from typing import Any
 
 import torch
 import transforms
-from arm_cells import Arm, Regime
+from arm_cells import Arm, Regime, Task
 from arm_models import tokenize
 from arm_sampling import sample
 from datasets import Dataset
 from digits_data import sum_reward
-from digits_models import MAX_NEW_TOKENS
 from transformers import PreTrainedModel, ProcessorMixin, Trainer
 from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import RepeatSampler
@@ -36,7 +35,9 @@ class FastSampling:
             "pixel_values": multimodal_fields["pixel_values"][first],
         }
         end_id = self._tokenizer.eos_token_id
-        tokens, mask = sample(self.model, questions, end_id, MAX_NEW_TOKENS, repeats=self.num_generations)
+        tokens, mask = sample(
+            self.model, questions, end_id, self.args.max_completion_length, repeats=self.num_generations
+        )
         return [ids[keep].tolist() for ids, keep in zip(tokens, mask, strict=True)]
 
 
@@ -97,20 +98,20 @@ def train_order(dataset: Dataset, prompts: int, num_generations: int, seed: int)
 
 
 def teacher_samples(
-    teacher: PreTrainedModel, processor: ProcessorMixin, train_split: Dataset, regime: Regime, steps: int, seed: int
+    teacher: PreTrainedModel, processor: ProcessorMixin, train_split: Dataset, task: Task, regime: Regime, seed: int
 ) -> Dataset:
     """The rows of all batches, each with a completion that the teacher has sampled."""
     order = list(train_order(train_split, regime.prompts, regime.num_generations, seed))
-    size = steps * regime.prompts * regime.num_generations
+    size = task.steps * regime.prompts * regime.num_generations
     # An epoch that the run goes beyond would be drawn anew; these runs stay within one.
     rows = train_split.select(order[:size])
     if len(rows) < size:
-        raise ValueError(f"{steps} steps take {size} rows, and an epoch has {len(rows)}.")
+        raise ValueError(f"{task.steps} steps take {size} rows, and an epoch has {len(rows)}.")
     torch.manual_seed(seed)
     completions = []
     for start in range(0, size, SFT_BATCH_SIZE):
         questions = tokenize(processor, rows.select(range(start, min(start + SFT_BATCH_SIZE, size))))
-        tokens, mask = sample(teacher, questions, processor.tokenizer.eos_token_id, MAX_NEW_TOKENS)
+        tokens, mask = sample(teacher, questions, processor.tokenizer.eos_token_id, task.max_new_tokens)
         completions += [
             [{"role": "assistant", "content": processor.tokenizer.decode(ids[keep], skip_special_tokens=True)}]
             for ids, keep in zip(tokens, mask, strict=True)
@@ -120,6 +121,7 @@ def teacher_samples(
 
 def build_trainer(
     arm: Arm,
+    task: Task,
     regime: Regime,
     student: PreTrainedModel,
     teacher: PreTrainedModel,
@@ -145,12 +147,10 @@ def build_trainer(
     }
     sources = {"model": student, "train_dataset": train_split, "processing_class": processor}
     if arm.trainer == "sft":
-        sources["train_dataset"] = teacher_samples(
-            teacher, processor, train_split, regime, options["max_steps"], options["seed"]
-        )
+        sources["train_dataset"] = teacher_samples(teacher, processor, train_split, task, regime, options["seed"])
         args = SFTConfig(completion_only_loss=True, max_length=None, train_sampling_strategy="sequential", **options)
         return SFTTrainer(args=args, **sources)
-    options["max_completion_length"] = MAX_NEW_TOKENS
+    options["max_completion_length"] = task.max_new_tokens
     if arm.trainer == "distillation":
         trainer = VocabularyTrainer(args=DistillationConfig(**options), teacher_model=teacher, **sources)
         trainer.num_generations = regime.num_generations

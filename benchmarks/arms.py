@@ -30,7 +30,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pandas as pd
-from arm_cells import ARMS, REGIMES, SMOKE_TASK, TASKS
+from arm_cells import ARMS, REGIMES, SMOKE_TASKS, TASKS
 
 
 ROOT = Path(__file__).parents[1]
@@ -92,7 +92,7 @@ def build(task: str, seed: int, which: str, output_dir: Path, smoke: bool) -> No
     """In a worker: build a model that the cells of a task and seed have in common, if it is not there."""
     from arm_models import build_once
 
-    build_once(task, SMOKE_TASK if smoke else TASKS[task], seed, which, output_dir)
+    build_once(task, (SMOKE_TASKS if smoke else TASKS)[task], seed, which, output_dir)
 
 
 def code_version() -> str:

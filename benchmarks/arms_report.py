@@ -1,5 +1,5 @@
 """
-The tables and figures of `docs/evidence.md`, from the rows that `arms.py` and `gradient_noise.py` have written.
+The tables and figures of `docs/evidence.md`, from the rows that `arms.py`, `gradient_noise.py` and `moments.py` have written.
 
     python benchmarks/arms_report.py            # rewrites them in the document
     python benchmarks/arms_report.py --print    # prints the tables
@@ -16,7 +16,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
-from arm_cells import ARMS, REGIMES
+from arm_cells import ARMS, REGIMES, TASKS
 
 
 matplotlib.use("Agg")
@@ -26,6 +26,8 @@ import matplotlib.pyplot as plt  # noqa: E402
 ROOT = Path(__file__).parents[1]
 RESAMPLES = 10_000
 REFERENCE = "global"
+
+NO_ROWS = "No runs yet."
 
 # An arm holds a learning rate if its mean accuracy there is this close to that at its best one.
 WITHIN = 0.05
@@ -61,6 +63,10 @@ def points(value: float) -> str:
 
 def nats(value: float) -> str:
     return f"{value:.3f}"
+
+
+def tokens(value: float) -> str:
+    return f"{value:.1f}"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -150,19 +156,53 @@ def per_seed(rows: pd.DataFrame) -> str:
     return markdown(["arm", "rate", *(str(seed) for seed in seeds), "mean"], table)
 
 
+def regimes(rows: pd.DataFrame) -> str:
+    """All regimes but the demo's: a line for each task, regime, arm and learning rate."""
+    header = ["task", "regime", "arm", "rate", "accuracy, %", f"arm − {REFERENCE}, points", "reverse KL"]
+    header += ["norm, median / max", "length", "clamped, %"]
+    table = []
+    for (task, regime), part in rows.groupby(["task", "regime"], sort=False):
+        for arm in in_order(part["arm"]):
+            for rate, runs in part[part["arm"] == arm].groupby("learning_rate"):
+                others = part[(part["arm"] == REFERENCE) & (part["learning_rate"] == rate)].set_index("seed")[
+                    "accuracy"
+                ]
+                difference = runs.set_index("seed")["accuracy"] - others
+                norms = [
+                    np.mean([statistic(trace) for trace in runs["grad_norm"]]) for statistic in (np.median, np.max)
+                ]
+                clamped = pd.Series([np.mean(trace) if len(trace) else np.nan for trace in runs["clamped"]])
+                table.append(
+                    [
+                        *(task, regime, arm, f"{rate:g}"),
+                        show(runs["accuracy"], percent),
+                        "" if arm == REFERENCE else show(difference, points),
+                        show(runs["reverse_kl"], nats),
+                        " / ".join(f"{norm:.2g}" for norm in norms),
+                        show(runs["length"], tokens),
+                        show(clamped, percent),
+                    ]
+                )
+    return markdown(header, table)
+
+
 def tables(rows: pd.DataFrame) -> dict[str, str]:
-    """Name -> table. A regime's are named after it."""
-    result = {}
+    """Name -> table. Those of the demo's regime are named after task and regime; a task without rows has a note there."""
+    names = ("accuracy", "paired", "best", "reverse-kl", "length", "gradient-norm", "seeds")
+    result = {f"{task}-demo-{name}": NO_ROWS for task in TASKS for name in names}
     ends = rows[rows["arm"].isin(["student", "teacher"])]
     if len(ends):
         result["models"] = by_seed_of_models(ends)
-    for (task, regime), part in trained(rows).groupby(["task", "regime"], sort=False):
-        name = f"{task}-{regime}"
+    others = trained(rows[rows["regime"] != "demo"])
+    result["regimes"] = regimes(others) if len(others) else NO_ROWS
+    for task, part in trained(rows[rows["regime"] == "demo"]).groupby("task", sort=False):
+        name = f"{task}-demo"
         result[f"{name}-accuracy"] = by_rate(part, "accuracy", percent)
         if REFERENCE in set(part["arm"]):
             result[f"{name}-paired"] = paired_by_rate(part, "accuracy", points)
         result[f"{name}-best"] = best_rates(part)
         result[f"{name}-reverse-kl"] = by_rate(part, "reverse_kl", nats)
+        result[f"{name}-length"] = by_rate(part, "length", tokens)
         result[f"{name}-gradient-norm"] = gradient_norms(part)
         result[f"{name}-seeds"] = per_seed(part)
     return result
@@ -171,9 +211,13 @@ def tables(rows: pd.DataFrame) -> dict[str, str]:
 def by_seed_of_models(rows: pd.DataFrame) -> str:
     seeds = sorted(rows["seed"].unique())
     table = []
-    for task, arm in rows[["task", "arm"]].drop_duplicates().itertuples(index=False):
-        known = rows[(rows["task"] == task) & (rows["arm"] == arm)].drop_duplicates("seed").set_index("seed")
-        table.append([task, arm, *(percent(known["accuracy"].get(seed, np.nan)) for seed in seeds)])
+    for task, regime, arm in rows[["task", "regime", "arm"]].drop_duplicates().itertuples(index=False):
+        if arm == "student" and regime != "demo":
+            continue  # the same one
+        part = rows[(rows["task"] == task) & (rows["regime"] == regime) & (rows["arm"] == arm)]
+        known = part.drop_duplicates("seed").set_index("seed")["accuracy"]
+        cells = [percent(known[seed]) if seed in known.index else "–" for seed in seeds]
+        table.append([task, arm if regime == "demo" else f"{arm}, {regime}", *cells])
     return markdown(["task", "model", *(str(seed) for seed in seeds)], table)
 
 
@@ -206,31 +250,39 @@ def noise_table(rows: pd.DataFrame) -> str:
     return markdown(header, table)
 
 
+def moments_table(rows: pd.DataFrame) -> str:
+    """Tasks by batch sizes: errors of a batch's moments, from the rows of `moments.py`."""
+    table = []
+    for (task, prompts), runs in rows.groupby(["task", "prompts"], sort=False):
+        errors = [show(runs[name], percent) for name in ("mean_error", "std_error")]
+        table.append([task, str(prompts), f"{runs['tokens'].mean():.0f}", *errors])
+    return markdown(["task", "prompts", "tokens", "error of μ, % of σ", "error of σ, % of σ"], table)
+
+
+def of_demo(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows that figures show: the demo's task as the demo runs it."""
+    return rows[(rows["task"] == "digits") & (rows["regime"] == "demo")]
+
+
 def plot_accuracy(rows: pd.DataFrame, path: Path) -> None:
-    """Accuracy against the learning rate: a panel for each regime, a line for each arm, the band its interval."""
-    parts = list(trained(rows).groupby(["task", "regime"], sort=False))
-    columns = min(3, len(parts))
-    lines = -(-len(parts) // columns)
-    figure, axes = plt.subplots(lines, columns, figsize=(5 * columns, 4 * lines), squeeze=False, layout="constrained")
-    for axis, ((task, regime), part) in zip(axes.flat, parts, strict=False):
-        for arm in in_order(part["arm"]):
-            groups = part[part["arm"] == arm].groupby("learning_rate")["accuracy"]
-            means = groups.mean()
-            (line,) = axis.plot(means.index, means, "o-", color=color(arm), label=arm, markersize=3)
-            bands = [interval(values.to_numpy()) for _, values in groups]
-            axis.fill_between(means.index, *zip(*bands, strict=True), color=line.get_color(), alpha=0.12)
-        axis.set(title=f"{task}, {regime}", xscale="log", xlabel="learning rate", ylabel="accuracy", ylim=(0, 1))
-        axis.legend(fontsize=7)
-    for axis in axes.flat[len(parts) :]:
-        axis.remove()
+    """Accuracy against the learning rate: a line for each arm, the band its interval."""
+    part = trained(of_demo(rows))
+    figure, axis = plt.subplots(figsize=(5, 4), layout="constrained")
+    for arm in in_order(part["arm"]):
+        groups = part[part["arm"] == arm].groupby("learning_rate")["accuracy"]
+        means = groups.mean()
+        (line,) = axis.plot(means.index, means, "o-", color=color(arm), label=arm, markersize=3)
+        bands = [interval(values.to_numpy()) for _, values in groups]
+        axis.fill_between(means.index, *zip(*bands, strict=True), color=line.get_color(), alpha=0.12)
+    axis.set(title="digits, demo", xscale="log", xlabel="learning rate", ylabel="accuracy", ylim=(0, 1))
+    axis.legend(fontsize=7)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
 def plot_gradient_norms(rows: pd.DataFrame, path: Path) -> None:
-    """Gradient norm over the steps, median over seeds, at each learning rate of the first task in the demo's regime."""
-    part = trained(rows)
-    part = part[(part["regime"] == "demo") & (part["task"] == part["task"].iloc[0])]
+    """Gradient norm over the steps, median over seeds, at each learning rate."""
+    part = trained(of_demo(rows))
     rates = sorted(part["learning_rate"].unique())
     figure, axes = plt.subplots(1, len(rates), figsize=(5 * len(rates), 4), squeeze=False, layout="constrained")
     for axis, rate in zip(axes[0], rates, strict=True):
@@ -243,6 +295,38 @@ def plot_gradient_norms(rows: pd.DataFrame, path: Path) -> None:
         axis.axhline(1.0, color="gray", linestyle=":", linewidth=0.8)
         axis.set(title=f"learning rate {rate:g}", yscale="log", xlabel="step", ylabel="gradient norm before clipping")
         axis.legend(fontsize=7)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+def plot_cost(rows: pd.DataFrame, path: Path) -> None:
+    """Accuracy against sampled tokens and against seconds, mean over seeds, each arm at its best rate."""
+    rows = of_demo(rows)
+    start = rows[rows["arm"] == "student"]["accuracy"].mean()
+    completions = REGIMES["demo"].prompts * REGIMES["demo"].num_generations
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    for arm in in_order(trained(rows)["arm"]):
+        part = rows[rows["arm"] == arm]
+        runs = part[part["learning_rate"] == part.groupby("learning_rate")["accuracy"].mean().idxmax()]
+        # A run that has diverged is not evaluated to its end.
+        runs = runs[runs["eval_step"].map(len) == runs["eval_step"].map(len).max()]
+        accuracy = [start, *np.mean(list(runs["eval_accuracy"]), axis=0)]
+        label = f"{arm}, {runs['learning_rate'].iloc[0]:g}"
+        sampled = [
+            completions * np.cumsum(lengths)[np.array(steps) - 1]
+            for lengths, steps in zip(runs["completion_length"], runs["eval_step"], strict=True)
+            if len(lengths)  # an arm may sample nothing
+        ]
+        if sampled:
+            axes[0].plot([0, *np.mean(sampled, axis=0)], accuracy, "o-", color=color(arm), label=label, markersize=3)
+        seconds = [
+            total * np.array(steps) / count
+            for total, steps, count in zip(runs["train_seconds"], runs["eval_step"], runs["steps"], strict=True)
+        ]
+        axes[1].plot([0, *np.mean(seconds, axis=0)], accuracy, "o-", color=color(arm), label=label, markersize=3)
+    axes[0].set(xlabel="sampled tokens", ylabel="accuracy")
+    axes[1].set(xlabel="seconds, evaluations left out")
+    axes[1].legend(fontsize=7, loc="lower right", title="arm, its best learning rate", title_fontsize=7)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
@@ -264,24 +348,29 @@ def replace_tables(text: str, new: dict[str, str]) -> str:
 
 
 def read_results(path: Path) -> pd.DataFrame:
-    """Rows in the order of regimes."""
+    """Rows in the order of tasks and regimes."""
     rows = pd.read_parquet(path)
-    rows["regime"] = pd.Categorical(rows["regime"], [regime for regime in REGIMES if regime in set(rows["regime"])])
-    return rows.sort_values(["task", "regime"], kind="stable").astype({"regime": str})
+    order = {"task": list(TASKS), "regime": list(REGIMES)}
+    return rows.sort_values(list(order), kind="stable", key=lambda names: names.map(order[names.name].index))
 
 
-def all_tables(results: Path, noise: Path) -> dict[str, str]:
-    return {**tables(read_results(results)), **noise_tables(pd.read_parquet(noise))}
+def all_tables(results: Path, noise: Path, moments: Path) -> dict[str, str]:
+    return {
+        **tables(read_results(results)),
+        **noise_tables(pd.read_parquet(noise)),
+        "moments": moments_table(pd.read_parquet(moments)),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "arms.parquet")
     parser.add_argument("--noise", type=Path, default=ROOT / "benchmarks" / "gradient_noise.parquet")
+    parser.add_argument("--moments", type=Path, default=ROOT / "benchmarks" / "moments.parquet")
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "evidence.md")
     parser.add_argument("--print", action="store_true", help="print the tables and write nothing")
     args = parser.parse_args()
-    new = all_tables(args.results, args.noise)
+    new = all_tables(args.results, args.noise, args.moments)
     if args.print:
         print("\n\n".join(f"{name}\n\n{table}" for name, table in new.items()))
         return
@@ -289,6 +378,7 @@ def main() -> None:
     rows = read_results(args.results)
     plot_accuracy(rows, args.document.parent / "evidence_accuracy.png")
     plot_gradient_norms(rows, args.document.parent / "evidence_gradient_norm.png")
+    plot_cost(rows, args.document.parent / "evidence_cost.png")
     print(f"Rewritten: {args.document} and its figures, from {len(rows)} rows")
 
 

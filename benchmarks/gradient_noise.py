@@ -31,14 +31,13 @@ import numpy as np
 import pandas as pd
 import torch
 import transforms
-from arm_cells import SMOKE_TASK, TASKS
+from arm_cells import SMOKE_TASKS, TASKS
 from arm_models import build_once, load_model, load_processor, round_weights, tokenize
 from arm_runs import add_outliers
 from arm_sampling import sample
 from arm_trainers import build_transform
 from arms import ROOT, write_whole
 from datasets import load_from_disk
-from digits_models import MAX_NEW_TOKENS
 from transformers import PreTrainedModel
 
 from gndpo_trl.objective.advantages import compute_advantages, normalize, population_moments
@@ -131,8 +130,10 @@ def objective(name: str, batch: Batch) -> torch.Tensor:
     return -((values * batch.mask).sum(-1) / batch.mask.sum(-1)).mean()
 
 
-def draw(student: PreTrainedModel, teacher: PreTrainedModel, questions: dict, end_id: int) -> Batch:
-    ids, mask = sample(student, questions, end_id, MAX_NEW_TOKENS, repeats=NUM_GENERATIONS)
+def draw(
+    student: PreTrainedModel, teacher: PreTrainedModel, questions: dict, end_id: int, max_new_tokens: int
+) -> Batch:
+    ids, mask = sample(student, questions, end_id, max_new_tokens, repeats=NUM_GENERATIONS)
     inputs = {key: value.repeat_interleave(NUM_GENERATIONS, dim=0) for key, value in questions.items()}
     first = inputs["input_ids"].shape[1] - 1
     inputs["input_ids"] = torch.cat([inputs["input_ids"], ids], dim=1)
@@ -150,7 +151,7 @@ def gradient(loss: torch.Tensor, parameters: list[torch.nn.Parameter]) -> torch.
 def train_a_little(student: PreTrainedModel, teacher: PreTrainedModel, batches: list[dict], end_id: int) -> None:
     optimizer = torch.optim.AdamW(student.parameters(), lr=LATER_RATE, weight_decay=0.01)
     for questions in batches:
-        objective("exact", draw(student, teacher, questions, end_id)).backward()
+        objective("exact", draw(student, teacher, questions, end_id, TASKS["digits"].max_new_tokens)).backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -165,7 +166,7 @@ def measure(
     stds, disliked = [], {name: [] for name in SAMPLED}
     gradients = {name: torch.empty(len(batches), sum(p.numel() for p in parameters)) for name in names}
     for index, questions in enumerate(batches):
-        batch = draw(student, teacher, questions, end_id)
+        batch = draw(student, teacher, questions, end_id, TASKS["digits"].max_new_tokens)
         for name in names:
             gradients[name][index] = gradient(objective(name, batch), parameters)
         is_disliked = (batch.scores < 0) & batch.mask
@@ -220,7 +221,7 @@ def main() -> int:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-    task = SMOKE_TASK if args.smoke else TASKS["digits"]
+    task = (SMOKE_TASKS if args.smoke else TASKS)["digits"]
     keys = ["seed", "student", "teacher", "prompts", "arm"]
     rows = pd.read_parquet(args.results).to_dict("records") if args.results.exists() else []
     finished = {tuple(row[key] for key in keys[:-1]) for row in rows}

@@ -46,11 +46,21 @@ def pair_image(left: np.ndarray, right: np.ndarray) -> Image.Image:
     return Image.fromarray(np.round(pixels).astype(np.uint8)).convert("RGB")
 
 
+def scan_pools(rng: np.random.Generator, num_scans: int, held_out_scans: int) -> dict[str, np.ndarray]:
+    """Split -> the numbers of its scans, of which no other split has any."""
+    order = rng.permutation(num_scans)
+    return {
+        "train": order[2 * held_out_scans :],
+        "validation": order[:held_out_scans],
+        "test": order[held_out_scans : 2 * held_out_scans],
+    }
+
+
 def build_splits(
     seed: int,
-    train_pairs: int = 10_000,
-    validation_pairs: int = 500,
-    test_pairs: int = 500,
+    train_rows: int = 10_000,
+    validation_rows: int = 500,
+    test_rows: int = 500,
     held_out_scans: int = 250,
 ) -> DatasetDict:
     """
@@ -58,7 +68,7 @@ def build_splits(
 
     Args:
         seed: Decides which scan goes to which pool and which scans are paired.
-        train_pairs, validation_pairs, test_pairs: Rows per split. Pairs are drawn with replacement.
+        train_rows, validation_rows, test_rows: Rows per split. Pairs are drawn with replacement.
         held_out_scans: Scans in the validation pool, and again in the test pool. Training has the rest (1,297).
 
     Returns:
@@ -67,16 +77,11 @@ def build_splits(
     """
     digits = load_digits()
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(digits.target))
-    pools = {
-        "train": (order[2 * held_out_scans :], train_pairs),
-        "validation": (order[:held_out_scans], validation_pairs),
-        "test": (order[held_out_scans : 2 * held_out_scans], test_pairs),
-    }
+    sizes = {"train": train_rows, "validation": validation_rows, "test": test_rows}
     splits = {}
-    for name, (pool, pairs) in pools.items():
+    for name, pool in scan_pools(rng, len(digits.target), held_out_scans).items():
         rows = []
-        for left, right in rng.choice(pool, size=(pairs, 2)):
+        for left, right in rng.choice(pool, size=(sizes[name], 2)):
             a, b = int(digits.target[left]), int(digits.target[right])
             rows.append(
                 {

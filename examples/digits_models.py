@@ -56,9 +56,9 @@ CHAT_TEMPLATE = """\
 """
 
 
-def build_processor() -> LlavaProcessor:
+def build_processor(vocabulary: list[str] = VOCABULARY) -> LlavaProcessor:
     """The processor that teacher and student share: word-level tokenizer, chat template, 16 x 16 images."""
-    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(VOCABULARY)}, unk_token="<unk>"))
+    backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
     # A word keeps the space before it, as in byte-level vocabularies, so that joining the tokens gives the text back.
     pattern = Regex(r"</?think>|\\boxed| ?[A-Za-z]+| ?[0-9]+|\s|.")
     backend.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
@@ -139,8 +139,9 @@ def train_sft(
     max_steps: int,
     learning_rate: float,
     batch_size: int = 32,
+    **options,
 ) -> None:
-    """Train `model` in place on the completions of `train_split`, with TRL's SFTTrainer."""
+    """Train `model` in place on the completions of `train_split`, with TRL's SFTTrainer; `options` are fields of its."""
     args = SFTConfig(
         output_dir=str(output_dir),
         max_steps=max_steps,
@@ -159,6 +160,7 @@ def train_sft(
         report_to="none",
         dataloader_pin_memory=False,
         seed=seed,
+        **options,
     )
     SFTTrainer(model=model, args=args, train_dataset=train_split, processing_class=processor).train()
 

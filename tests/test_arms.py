@@ -1,21 +1,29 @@
 """The comparison of arms: its transforms, its sampler, a tiny run of every arm, and the tables made of the rows."""
 
+import itertools
 import sys
 
 import arm_runs
 import arms
 import arms_report
+import bitsandbytes
+import chain_data
+import chain_models
+import digits_data
 import gradient_noise
+import moments
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 import transforms
-from arm_cells import ARMS, REGIMES, SMOKE_TASK
-from arm_models import build_once, load_model, load_processor, tokenize
+from arm_cells import ARMS, REGIMES, SMOKE_TASKS, TASKS
+from arm_models import build_once, load_model, load_processor, round_to_four_bits, swap_ends, to_four_bits, tokenize
 from arm_sampling import sample
 from arm_trainers import build_transform, train_order
 from datasets import Dataset, load_from_disk
+
+from gndpo_trl.objective.advantages import row_moments
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +91,9 @@ def test_robust_outlives_a_batch_of_equal_scores():
 
 @pytest.fixture(scope="module")
 def model_and_questions(output_dir):
-    data, student = (build_once("digits", SMOKE_TASK, 1, which, output_dir) for which in ("data", "student"))
+    data, student = (
+        build_once("digits", SMOKE_TASKS["digits"], 1, which, output_dir) for which in ("data", "student")
+    )
     processor, model = load_processor(student), load_model(student)
     # A model that has learned nothing repeats its last token, whose embedding is tied to the head.
     generator = torch.Generator().manual_seed(0)
@@ -127,7 +137,7 @@ def test_prompts_of_different_lengths_are_refused(model_and_questions):
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_runs(arm, output_dir):
     row = arm_runs.run_cell("digits", "demo", arm, 1e-3, 1, output_dir, smoke=True)
-    steps = 0 if arm in ("student", "teacher") else SMOKE_TASK.steps
+    steps = 0 if arm in ("student", "teacher") else SMOKE_TASKS["digits"].steps
     assert row["steps"] == len(row["grad_norm"]) == steps and not row["diverged"]
     assert 0 <= row["accuracy"] <= 1 and 1 <= row["length"] <= 32
     assert abs(row["reverse_kl"]) < 1e-6 if arm == "teacher" else row["reverse_kl"] > 0
@@ -139,12 +149,12 @@ def test_every_arm_runs(arm, output_dir):
 @pytest.mark.parametrize("regime", REGIMES)
 def test_every_regime_runs(regime, output_dir):
     row = arm_runs.run_cell("digits", regime, "global", 1e-3, 1, output_dir, smoke=True)
-    assert row["steps"] == SMOKE_TASK.steps and not row["diverged"]
+    assert row["steps"] == SMOKE_TASKS["digits"].steps and not row["diverged"]
 
 
 def test_outliers_are_rare_sure_and_always_the_same(model_and_questions, output_dir):
     _, questions, end_id = model_and_questions
-    teacher = load_model(build_once("digits", SMOKE_TASK, 1, "teacher", output_dir))
+    teacher = load_model(build_once("digits", SMOKE_TASKS["digits"], 1, "teacher", output_dir))
     tokens, mask = sample(teacher, questions, end_id, 32, repeats=8)
     inputs = {key: value.repeat_interleave(8, dim=0) for key, value in questions.items()}
     inputs["input_ids"] = torch.cat([inputs["input_ids"], tokens], dim=1)
@@ -162,12 +172,53 @@ def test_outliers_are_rare_sure_and_always_the_same(model_and_questions, output_
 
 def test_a_run_that_diverges_has_a_row(output_dir):
     row = arm_runs.run_cell("digits", "sgd-unclipped", "global", 1e38, 1, output_dir, smoke=True)
-    assert row["diverged"] and row["accuracy"] == 0 and row["steps"] < SMOKE_TASK.steps + 1
+    assert row["diverged"] and row["accuracy"] == 0 and row["steps"] < SMOKE_TASKS["digits"].steps + 1
 
 
 def test_a_mistake_is_no_divergence(output_dir):
     with pytest.raises(TypeError, match="std_floor"):
         arm_runs.run_cell("digits", "own-teacher-floor", "distillation", 1e-3, 1, output_dir, smoke=True)
+
+
+@pytest.mark.parametrize("arm", ["global", "exact", "tanh", "distillation", "sft", "gspo", "student", "teacher"])
+def test_every_trainer_runs_on_the_chain(arm, output_dir):
+    row = arm_runs.run_cell("chain", "demo", arm, 1e-3, 1, output_dir, smoke=True)
+    assert row["steps"] == (0 if arm in ("student", "teacher") else SMOKE_TASKS["chain"].steps) and not row["diverged"]
+    assert 0 <= row["accuracy"] <= 1 and 32 < row["length"] <= TASKS["chain"].max_new_tokens  # it knows no end yet
+
+
+def test_four_bits_are_those_of_bitsandbytes():
+    weight = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    weight[1, :3], weight[2] = torch.tensor([4.0, -0.36, 1.0]), 0.0
+    rounded = to_four_bits(weight)
+    quantized, state = bitsandbytes.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    torch.testing.assert_close(rounded, bitsandbytes.functional.dequantize_4bit(quantized, state))
+    # 0.25 lies nearest to 0.2461123; -0.09 to -0.09105004
+    torch.testing.assert_close(rounded[1, :3], torch.tensor([4.0, -0.3642002, 0.9844492]))
+    assert not rounded[2].any()
+
+
+def test_four_bits_reach_all_linear_layers_and_nothing_else(output_dir):
+    teacher = load_model(build_once("digits", SMOKE_TASKS["digits"], 1, "teacher", output_dir))
+    before = {name: parameter.clone() for name, parameter in teacher.named_parameters()}
+    round_to_four_bits(teacher)
+    changed = {name for name, parameter in teacher.named_parameters() if not torch.equal(parameter, before[name])}
+    linear = {f"{name}.weight" for name, module in teacher.named_modules() if isinstance(module, torch.nn.Linear)}
+    assert changed == linear - {"lm_head.weight"} and len(changed) > 20
+
+
+def test_a_teacher_with_another_end_says_it_and_reads_as_before(model_and_questions, output_dir, tmp_path):
+    _, questions, end_id = model_and_questions
+    teacher = load_model(build_once("digits", SMOKE_TASKS["digits"], 1, "teacher", output_dir))
+    before = teacher(**questions).logits
+    swap_ends(teacher, end_id, 2)
+    after = teacher(**questions).logits
+    assert end_id in questions["input_ids"] and end_id != 2
+    torch.testing.assert_close(after[..., [end_id, 2]], before[..., [2, end_id]])
+    others = [id for id in range(before.shape[-1]) if id not in (end_id, 2)]
+    torch.testing.assert_close(after[..., others], before[..., others])
+    teacher.save_pretrained(tmp_path)
+    torch.testing.assert_close(load_model(tmp_path)(**questions).logits, after)
 
 
 def test_all_trainers_get_the_same_prompts():
@@ -200,6 +251,88 @@ def test_the_smoke_form_keeps_away_from_the_real_rows(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["arms.py", "--smoke"])
     with pytest.raises(SystemExit):
         arms.main()
+
+
+# ---- the chain task
+
+
+@pytest.fixture(scope="module")
+def chain():
+    return chain_data.build_splits(seed=3, train_rows=400, test_rows=100)
+
+
+@pytest.mark.parametrize(
+    "manner, stated_sum, expected",
+    [
+        ("Plain", 7, r"<think>I see 2, 5 and 9. 2+5=7. 7-9=-2.</think>\boxed{-2}"),
+        ("Checking", 8, r"<think>I see 2, 5 and 9. 2+5=8. 8-9=-1. 9+-1=8. 8-5=3.</think>\boxed{-1}"),
+    ],
+)
+def test_answers_of_the_chain(manner, stated_sum, expected):
+    assert chain_data.answer_text(manner, 2, 5, 9, stated_sum) == expected
+
+
+def test_a_counted_answer_goes_up_and_down():
+    text = "I see 1, 2 and 1. 1+2=2+1, 2+1=4. 4-1=3."
+    assert chain_data.answer_text("Counting", 1, 2, 1, 4) == f"<think>{text}</think>\\boxed{{3}}"
+
+
+def test_answers_of_the_chain_survive_the_tokenizer_and_fit():
+    tokenizer = chain_models.build_processor().tokenizer
+    lengths = {manner: [] for manner in chain_data.MANNERS}
+    for manner, a, b, c, slip in itertools.product(lengths, (0, 4, 9), (0, 5, 9), (0, 9), (0, 1)):
+        answer = chain_data.answer_text(manner, a, b, c, a + b + slip)
+        assert digits_data.is_correct(answer, str(a + b + slip - c))
+        ids = tokenizer(answer)["input_ids"]
+        assert tokenizer.unk_token_id not in ids and tokenizer.decode(ids) == answer
+        lengths[manner].append(len(ids) + 1)  # the end of the turn
+    assert max(lengths["Plain"]) < 30 < min(lengths["Checking"]) and max(lengths["Checking"]) < 45
+    assert 5 * max(lengths["Plain"]) < max(lengths["Counting"]) <= TASKS["chain"].max_new_tokens
+
+
+def test_rows_of_the_chain(chain):
+    rows, processor = chain["test"], chain_models.build_processor()
+    assert all(
+        digits_data.is_correct(completion[0]["content"], solution)
+        for completion, solution in zip(rows["completion"], rows["solution"], strict=True)
+    )
+    questions = tokenize(processor, rows)
+    assert questions["attention_mask"].all() and processor.tokenizer.unk_token_id not in questions["input_ids"]
+    counted = [prompt[0]["content"].startswith("Counting") for prompt in chain["train"]["prompt"]]
+    assert 0.02 < np.mean(counted) < 0.09
+
+    def scans(split):
+        pixels = [np.asarray(images[0].convert("L")) for images in split["images"]]
+        corners = [(slice(8), slice(8)), (slice(8), slice(8, 16)), (slice(8, 16), slice(8))]
+        return {image[corner].tobytes() for image in pixels for corner in corners}
+
+    assert len(scans(chain["train"])) > 500 and not scans(chain["train"]) & scans(rows)
+
+
+def test_wrong_sums_of_the_chain_are_gone_on_with(chain):
+    split = chain["train"]
+    spoiled = chain_data.with_wrong_sums(split, seed=0)
+    pairs = zip(split["completion"], spoiled["completion"], spoiled["solution"], strict=True)
+    kept = [before == after for before, after, _ in pairs]
+    assert 0.4 < np.mean(kept) < 0.6
+    for completion, solution, same in zip(spoiled["completion"], spoiled["solution"], kept, strict=True):
+        assert digits_data.is_correct(completion[0]["content"], str(int(solution) + (not same)))
+
+
+def test_batches_of_the_chain_are_counted_or_not():
+    split = Dataset.from_dict(
+        {
+            "prompt": [
+                [{"role": "user", "content": "Counting:" if index % 8 == 0 else "Plain:"}] for index in range(512)
+            ]
+        }
+    )
+    ordered = [prompt[0]["content"] for prompt in chain_models.in_batches(split, seed=0)["prompt"]]
+    size = chain_models.BATCH_SIZE
+    batches = [set(ordered[start : start + size]) for start in range(0, len(ordered), size)]
+    assert all(len(batch) == 1 for batch in batches)
+    assert batches.count({"Counting:"}) == chain_models.REPEATS * 64 // size
+    assert batches.count({"Plain:"}) == 448 // size
 
 
 # ---- noise of the gradient
@@ -242,6 +375,35 @@ def test_noise_of_every_arm_is_measured_and_kept(output_dir, tmp_path, monkeypat
     assert own["none"] < 0.1 * own["global"] and own["global, std_floor 0.1"] < 0.5 * own["global"]
 
 
+# ---- moments of a batch
+
+
+def test_errors_of_moments_are_those_of_independent_prompts():
+    generator = torch.Generator().manual_seed(0)
+    independent = torch.randn(2000, 25, generator=generator)
+    errors = moments.moment_errors(row_moments(independent, torch.ones(2000, 25)), prompts=16)
+    assert errors["tokens"] == 400
+    assert errors["mean_error"] == pytest.approx(400**-0.5, rel=0.05)
+    assert errors["std_error"] == pytest.approx(800**-0.5, rel=0.05)
+    # The tokens of a prompt all alike: its 25 tokens are one.
+    alike = independent[:, :1].expand(2000, 25)
+    errors = moments.moment_errors(row_moments(alike, torch.ones(2000, 25)), prompts=16)
+    assert errors["mean_error"] == pytest.approx(16**-0.5, rel=0.05)
+
+
+def test_moments_of_every_task_are_measured(output_dir, tmp_path, monkeypatch):
+    results = tmp_path / "moments.parquet"
+    command = ["moments.py", "--smoke", "--seeds", "1", "--prompts", "32"]
+    monkeypatch.setattr(sys, "argv", [*command, "--output_dir", str(output_dir), "--results", str(results)])
+    assert moments.main() == 0
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--tasks", "digits"])
+    assert moments.main() == 0
+    rows = pd.read_parquet(results)
+    assert list(rows["prompts"]) == [1, 4, 16, 64] * 2 and list(rows["task"]) == ["chain"] * 4 + ["digits"] * 4
+    assert (rows[["mean_error", "std_error"]] > 0).all(axis=None)
+    assert "| chain | 64 |" in arms_report.moments_table(rows)
+
+
 # ---- tables
 
 
@@ -256,7 +418,14 @@ def rows_of(accuracies: dict[tuple[str, float], list[float]]) -> pd.DataFrame:
                 "seed": seed,
                 "accuracy": accuracy,
                 "reverse_kl": 0.1,
+                "length": 20.0,
+                "steps": 3,
+                "train_seconds": 6.0,
+                "eval_step": [2, 3],
+                "eval_accuracy": [accuracy / 2, accuracy],
                 "grad_norm": [1.0, 2.0, 9.0],
+                "completion_length": [20.0, 21.0, 22.0],
+                "clamped": [0.02, 0.04, 0.06],
             }
             for (arm, rate), values in accuracies.items()
             for seed, accuracy in enumerate(values)
@@ -277,6 +446,40 @@ def test_differences_are_paired_by_seed():
     assert "| none | +10.0 [+10.0, +10.0] |" in arms_report.paired_by_rate(rows, "accuracy", arms_report.points)
 
 
+def test_tables_of_other_regimes_stand_in_one(tmp_path):
+    rows = rows_of({("global", 1e-3): [0.2, 0.4, 0.6], ("none", 1e-3): [0.3, 0.5], ("sft", 2e-3): [0.7]})
+    tables = arms_report.tables(rows.assign(regime="other-end"))
+    assert tables["digits-demo-accuracy"] == tables["chain-demo-length"] == arms_report.NO_ROWS
+    lines = tables["regimes"].splitlines()[2:]
+    assert lines[0].startswith("| digits | other-end | global | 0.001 | 40.0 [20.0, 60.0] (n=3) |  | 0.100")
+    assert "+10.0 [+10.0, +10.0] (n=2)" in lines[1] and "| 2 / 9 | 20.0" in lines[1] and "| 4.0" in lines[1]
+    assert "| sft | 0.002 | 70.0 (n=1) | – |" in lines[2]
+    mixed = arms_report.tables(pd.concat([rows, rows.assign(task="chain"), rows.assign(regime="other-end")]))
+    assert mixed["chain-demo-accuracy"] == mixed["digits-demo-accuracy"] and mixed["regimes"] == tables["regimes"]
+    assert "20.0" in mixed["chain-demo-length"] and "models" not in mixed
+
+
+def test_a_regimes_teacher_has_a_line_of_its_own():
+    ends = rows_of({("student", 1e-3): [0.5], ("teacher", 1e-3): [0.9]})
+    other = ends.assign(regime="four-bit-teacher", accuracy=0.8)
+    table = arms_report.tables(pd.concat([ends, other]))["models"].splitlines()[2:]
+    assert table == [
+        "| digits | student | 50.0 |",
+        "| digits | teacher | 90.0 |",
+        "| digits | teacher, four-bit-teacher | 80.0 |",
+    ]
+
+
+def test_figures_are_drawn_of_the_demo_alone(tmp_path):
+    rows = rows_of({("student", 1e-3): [0.5], ("global", 1e-3): [0.6, 0.7], ("sft", 1e-3): [0.7, 0.8]})
+    rows.loc[rows["arm"] == "sft", "completion_length"] = pd.Series([[]] * len(rows))  # it samples nothing
+    plots = (arms_report.plot_accuracy, arms_report.plot_gradient_norms, arms_report.plot_cost)
+    for plot in plots:
+        plot(rows, tmp_path / "alone.png")
+        plot(pd.concat([rows.assign(task="chain"), rows.assign(regime="sgd"), rows]), tmp_path / "among.png")
+        assert (tmp_path / "alone.png").read_bytes() == (tmp_path / "among.png").read_bytes()
+
+
 def test_the_range_of_an_arm_ends_where_it_breaks():
     rows = rows_of({("none", 1e-4): [0.9], ("none", 2e-4): [0.7], ("none", 4e-4): [0.88], ("none", 8e-4): [0.9]})
     assert "| none | 0.0001 |" in arms_report.best_rates(rows)  # the first of two equal ones
@@ -293,4 +496,7 @@ def test_tables_of_a_document_are_replaced_and_nothing_else():
 
 def test_the_document_holds_the_tables_of_the_committed_rows():
     text = (arms.ROOT / "docs" / "evidence.md").read_text()
-    assert arms_report.replace_tables(text, arms_report.all_tables(arms.RESULTS, gradient_noise.RESULTS)) == text
+    assert (
+        arms_report.replace_tables(text, arms_report.all_tables(arms.RESULTS, gradient_noise.RESULTS, moments.RESULTS))
+        == text
+    )

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def splits():
-    return digits_data.build_splits(seed=3, train_pairs=400, validation_pairs=50, test_pairs=50)
+    return digits_data.build_splits(seed=3, train_rows=400, validation_rows=50, test_rows=50)
 
 
 def scans_of(split) -> set[bytes]:
@@ -31,9 +31,9 @@ def test_splits_share_no_scan_and_follow_from_the_seed(splits):
     train, validation, test = (scans_of(splits[name]) for name in ("train", "validation", "test"))
     assert len(train) > 300
     assert not train & validation and not train & test and not validation & test
-    again = digits_data.build_splits(seed=3, train_pairs=400, validation_pairs=50, test_pairs=50)
+    again = digits_data.build_splits(seed=3, train_rows=400, validation_rows=50, test_rows=50)
     assert again["test"]["solution"] == splits["test"]["solution"]
-    other = digits_data.build_splits(seed=4, train_pairs=400, validation_pairs=50, test_pairs=50)
+    other = digits_data.build_splits(seed=4, train_rows=400, validation_rows=50, test_rows=50)
     assert other["test"]["solution"] != splits["test"]["solution"]
 
 
