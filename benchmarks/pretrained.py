@@ -16,6 +16,7 @@ has a process of its own, one at a time. Seconds of a step are CPU time, of all 
 """
 
 import argparse
+import importlib.util
 import itertools
 import logging
 import multiprocessing
@@ -107,21 +108,10 @@ def to_messages(prompt: str) -> list[dict[str, str]]:
 
 
 def unpack(model_file: Path, folder: Path) -> None:
-    """
-    Make a checkpoint in fp32 of a GGUF file, which is read once then instead of for each run.
-
-    Raises:
-        `ValueError`: if the file is not there.
-        `ImportError`: if the package that reads it is not.
-    """
+    """Make a checkpoint in fp32 of a GGUF file, which is read once then instead of for each run."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import is_gguf_available
 
-    if not model_file.exists():
-        raise ValueError(f"--model_file {model_file} is not there: give a GGUF file, or the folder of a checkpoint.")
-    if not is_gguf_available():
-        raise ImportError(f"--model_file {model_file} is read with the package gguf: pip install gguf")
     source = {"pretrained_model_name_or_path": model_file.parent, "gguf_file": model_file.name}
     tokenizer = AutoTokenizer.from_pretrained(**source)
     model = AutoModelForCausalLM.from_pretrained(dtype=torch.float32, **source)
@@ -384,6 +374,10 @@ def main() -> int:
     args = parser.parse_args()
     if args.smoke and args.results == RESULTS:
         parser.error("--smoke needs another --results, so that its rows do not join the real ones.")
+    if not args.model_file.exists():
+        parser.error(f"--model_file {args.model_file} is not there: give a GGUF file, or the folder of a checkpoint.")
+    if args.model_file.is_file() and importlib.util.find_spec("gguf") is None:
+        parser.error(f"--model_file {args.model_file} is read with the package gguf: pip install gguf")
 
     rows = pd.read_parquet(args.results).to_dict("records") if args.results.exists() else []
     # Seed by seed: a command that is stopped leaves arms that can be compared.

@@ -158,11 +158,6 @@ def test_prompts_are_many_and_none_of_a_run_is_held_out():
     assert len(held_out) == 32 and pretrained.split_prompts(2)[1] != held_out
 
 
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ValueError, match="nothing.gguf is not there"):
-        pretrained.unpack(tmp_path / "nothing.gguf", tmp_path / "out")
-
-
 @pytest.mark.processes
 def test_the_command_runs_its_arms_and_resumes(model_file, tmp_path, monkeypatch, capsys):
     results = tmp_path / "rows.parquet"
@@ -181,7 +176,24 @@ def test_the_command_runs_its_arms_and_resumes(model_file, tmp_path, monkeypatch
     assert "2 of 2 cells are there, 0 to run" in capsys.readouterr().out and len(pd.read_parquet(results)) == 2
 
 
-def test_the_smoke_form_keeps_away_from_the_real_rows(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["pretrained.py", "--smoke", "--model_file", "tiny.gguf"])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model_file", "nothing.gguf"], "--model_file nothing.gguf is not there: give a GGUF file"),
+        (["--model_file", "FILE", "--smoke", "--results", str(pretrained.RESULTS)], "--smoke needs another --results"),
+    ],
+)
+def test_what_cannot_run_is_refused(arguments, message, model_file, monkeypatch, capsys):
+    arguments = [str(model_file) if word == "FILE" else word for word in arguments]
+    monkeypatch.setattr(sys, "argv", ["pretrained.py", *arguments])
     with pytest.raises(SystemExit):
         pretrained.main()
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_reader_is_named(model_file, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["pretrained.py", "--model_file", str(model_file)])
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(SystemExit):
+        pretrained.main()
+    assert "is read with the package gguf: pip install gguf" in capsys.readouterr().err
