@@ -18,6 +18,20 @@ from gndpo_trl import GNDPOConfig, GNDPOTrainer
 from gndpo_trl.gspo import GSPOConfig, GSPOTrainer
 
 
+# Fields of every trainer's configuration: those of the recipe, and none that would write files.
+SHARED_OPTIONS = {
+    "bf16": False,
+    "dataloader_pin_memory": False,
+    "disable_tqdm": True,
+    "gradient_checkpointing": False,
+    "logging_steps": 1,
+    "lr_scheduler_type": "constant",
+    "report_to": "none",
+    "save_strategy": "no",
+    "use_cpu": True,
+    "weight_decay": 0.01,
+}
+
 # Completions that the teacher samples at once for supervised training.
 SFT_BATCH_SIZE = 512
 
@@ -82,7 +96,7 @@ def build_transform(name: str) -> Callable[[torch.Tensor, torch.Tensor, torch.Te
     return of_scores(getattr(transforms, name))
 
 
-class VocabularyTrainer(FastSampling, DistillationTrainer):
+class SamePrompts(DistillationTrainer):
     """TRL's trainer on the prompts that the others get: several completions of each, in the same order."""
 
     num_generations: int
@@ -90,6 +104,10 @@ class VocabularyTrainer(FastSampling, DistillationTrainer):
     def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
         prompts = self.args.per_device_train_batch_size // self.num_generations
         return train_order(self.train_dataset, prompts, self.num_generations, self.args.seed)
+
+
+class VocabularyTrainer(FastSampling, SamePrompts):
+    """The same, with the sampler of this benchmark."""
 
 
 def train_order(dataset: Dataset, prompts: int, num_generations: int, seed: int) -> RepeatSampler:
@@ -130,17 +148,8 @@ def build_trainer(
     options: dict[str, Any],
 ) -> Trainer:
     options = {
-        "bf16": False,
-        "dataloader_pin_memory": False,
-        "disable_tqdm": True,
-        "gradient_checkpointing": False,
-        "logging_steps": 1,
-        "lr_scheduler_type": "constant",
+        **SHARED_OPTIONS,
         "per_device_train_batch_size": regime.prompts * regime.num_generations,
-        "report_to": "none",
-        "save_strategy": "no",
-        "use_cpu": True,
-        "weight_decay": 0.01,
         **options,
         **regime.options,
         **arm.options,

@@ -1,5 +1,6 @@
 """
-The tables and figures of `docs/evidence.md`, from the rows that `arms.py`, `gradient_noise.py` and `moments.py` have written.
+The tables and figures of `docs/evidence.md`, from the rows of `arms.py`, `gradient_noise.py`, `moments.py` and
+`pretrained.py`.
 
     python benchmarks/arms_report.py            # rewrites them in the document
     python benchmarks/arms_report.py --print    # prints the tables
@@ -264,6 +265,69 @@ def of_demo(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[(rows["task"] == "digits") & (rows["regime"] == "demo")]
 
 
+def pretrained_tables(rows: pd.DataFrame) -> dict[str, str]:
+    """What the runs of `pretrained.py` came to, and what their steps cost; a line for each gap, rate and arm."""
+    return {"pretrained-results": pretrained_results(rows), "pretrained-cost": pretrained_cost(rows)}
+
+
+def pretrained_runs(rows: pd.DataFrame):
+    """The rows of each number of left-out layers, rate and arm, arms in their order."""
+    for left_out, gap in rows.groupby("left_out"):
+        for rate, part in gap.groupby("learning_rate"):
+            for arm in in_order(part["arm"]):
+                yield left_out, rate, arm, part[part["arm"] == arm].set_index("seed").sort_index()
+
+
+def pretrained_results(rows: pd.DataFrame) -> str:
+    table = []
+    for left_out, rate, arm, runs in pretrained_runs(rows):
+        same = rows[(rows["left_out"] == left_out) & (rows["learning_rate"] == rate) & (rows["arm"] == REFERENCE)]
+        difference = (runs["reverse_kl"] - same.set_index("seed")["reverse_kl"]).dropna()
+        middle = runs["eval_reverse_kl"].map(lambda values: values[0])
+        table.append(
+            [
+                str(left_out),
+                "–" if arm == "student" else f"{rate:g}",
+                arm,
+                "–" if arm == "student" else show(middle, nats),
+                show(runs["reverse_kl"], nats),
+                "–" if arm == REFERENCE else show(difference, "{:+.3f}".format),
+                show(runs["agreement"], percent),
+                show(runs["length"], "{:.1f}".format),
+            ]
+        )
+    header = ["layers left out", "rate", "arm", "reverse KL, middle", "end", f"end − {REFERENCE}"]
+    return markdown([*header, "same likeliest token, %", "tokens"], table)
+
+
+def pretrained_cost(rows: pd.DataFrame) -> str:
+    """Medians over the steps of a run, without the first one, and means over seeds."""
+    table = []
+    for left_out, rate, arm, runs in pretrained_runs(rows[rows["arm"] != "student"]):
+        sampling = runs["generation_seconds"].map(lambda values: np.median(values[1:]))
+        step = pd.Series(
+            [
+                np.median(np.subtract(seconds, generation)[1:])
+                for seconds, generation in zip(runs["step_seconds"], runs["generation_seconds"], strict=True)
+            ]
+        )
+        clamped = runs["clamped"].map(lambda values: np.mean(values) if len(values) else np.nan)
+        table.append(
+            [
+                str(left_out),
+                f"{rate:g}",
+                arm,
+                show(sampling, "{:.2f}".format),
+                show(step, "{:.2f}".format),
+                show(runs["peak_bytes"] / 2**30, "{:.2f}".format),
+                show(runs["grad_norm"].map(np.median), "{:.1f}".format),
+                show(clamped, percent),
+            ]
+        )
+    header = ["layers left out", "rate", "arm", "sampling, s", "rest of a step, s", "memory, GiB", "gradient norm"]
+    return markdown([*header, "clamped, %"], table)
+
+
 def plot_accuracy(rows: pd.DataFrame, path: Path) -> None:
     """Accuracy against the learning rate: a line for each arm, the band its interval."""
     part = trained(of_demo(rows))
@@ -354,11 +418,12 @@ def read_results(path: Path) -> pd.DataFrame:
     return rows.sort_values(list(order), kind="stable", key=lambda names: names.map(order[names.name].index))
 
 
-def all_tables(results: Path, noise: Path, moments: Path) -> dict[str, str]:
+def all_tables(results: Path, noise: Path, moments: Path, pretrained: Path) -> dict[str, str]:
     return {
         **tables(read_results(results)),
         **noise_tables(pd.read_parquet(noise)),
         "moments": moments_table(pd.read_parquet(moments)),
+        **pretrained_tables(pd.read_parquet(pretrained)),
     }
 
 
@@ -367,10 +432,11 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "arms.parquet")
     parser.add_argument("--noise", type=Path, default=ROOT / "benchmarks" / "gradient_noise.parquet")
     parser.add_argument("--moments", type=Path, default=ROOT / "benchmarks" / "moments.parquet")
+    parser.add_argument("--pretrained", type=Path, default=ROOT / "benchmarks" / "pretrained.parquet")
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "evidence.md")
     parser.add_argument("--print", action="store_true", help="print the tables and write nothing")
     args = parser.parse_args()
-    new = all_tables(args.results, args.noise, args.moments)
+    new = all_tables(args.results, args.noise, args.moments, args.pretrained)
     if args.print:
         print("\n\n".join(f"{name}\n\n{table}" for name, table in new.items()))
         return

@@ -14,6 +14,7 @@ import gradient_noise
 import moments
 import numpy as np
 import pandas as pd
+import pretrained
 import pytest
 import torch
 import transforms
@@ -494,9 +495,32 @@ def test_tables_of_a_document_are_replaced_and_nothing_else():
     assert arms_report.replace_tables(new, {"a": "| A |", "b": "| B |"}) == new
 
 
+def test_tables_of_the_pretrained_pair():
+    row = {"left_out": 4, "learning_rate": 1e-4, "agreement": 0.5, "length": 20.0, "peak_bytes": 2**30}
+    row |= {"grad_norm": [1.0, 3.0, 4.0], "step_seconds": [9.0, 3.0, 5.0], "generation_seconds": [1.0, 1.0, 1.0]}
+    rows = [
+        {**row, "arm": arm, "seed": seed, "reverse_kl": end, "eval_reverse_kl": [0.5, end], "clamped": clamped}
+        for arm, end, clamped in (("global", 0.4, [0.0, 0.1, 0.2]), ("distillation", 0.3, []))
+        for seed in (0, 1)
+    ]
+    rows.append(
+        {**row, "arm": "student", "learning_rate": 0.0, "seed": 0, "reverse_kl": 0.8, "eval_reverse_kl": [0.8]}
+    )
+    new = arms_report.pretrained_tables(pd.DataFrame(rows))
+    both = "[{0}, {0}] (n=2)".format
+    line = f"| 4 | 0.0001 | distillation | 0.500 {both('0.500')} | 0.300 {both('0.300')} | -0.100 {both('-0.100')} |"
+    assert (
+        line in new["pretrained-results"] and "| 4 | – | student | – | 0.800 (n=1) | – |" in new["pretrained-results"]
+    )
+    # the first step warms up: of 2 and 4 seconds beside sampling, the median is 3
+    assert (
+        f"| distillation | 1.00 {both('1.00')} | 3.00 {both('3.00')} | 1.00 {both('1.00')} | 3.0"
+        in new["pretrained-cost"]
+    )
+    assert f"| 10.0 {both('10.0')} |" in new["pretrained-cost"] and "student" not in new["pretrained-cost"]
+
+
 def test_the_document_holds_the_tables_of_the_committed_rows():
     text = (arms.ROOT / "docs" / "evidence.md").read_text()
-    assert (
-        arms_report.replace_tables(text, arms_report.all_tables(arms.RESULTS, gradient_noise.RESULTS, moments.RESULTS))
-        == text
-    )
+    committed = [module.RESULTS for module in (arms, gradient_noise, moments, pretrained)]
+    assert arms_report.replace_tables(text, arms_report.all_tables(*committed)) == text

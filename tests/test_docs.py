@@ -41,7 +41,7 @@ PLACEHOLDERS = {"RECIPE": "recipes/text/gndpo.yaml", "$NODE_RANK": "0", "$FIRST_
 # Beginnings of commands of the shell and of other projects, whose parsers are not here.
 OTHERS = [
     *("cd", "git clone", "vllm serve", "accelerate launch --num_processes 8 -m lmms_eval"),
-    *("python -m lmms_eval", "python run.py", "torchrun --nproc-per-node 8 run.py"),
+    *("python -m lmms_eval", "python run.py", "torchrun --nproc-per-node 8 run.py", "pip download", "unzip"),
 ]
 COMMANDS = (
     "accelerate",
