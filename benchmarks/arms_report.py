@@ -19,6 +19,8 @@ import numpy as np
 import pandas as pd
 from arm_cells import ARMS, REGIMES, TASKS
 
+from gndpo_trl.report.figures import look
+
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -331,11 +333,11 @@ def pretrained_cost(rows: pd.DataFrame) -> str:
 def plot_accuracy(rows: pd.DataFrame, path: Path) -> None:
     """Accuracy against the learning rate: a line for each arm, the band its interval."""
     part = trained(of_demo(rows))
-    figure, axis = plt.subplots(figsize=(5, 4), layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     for arm in in_order(part["arm"]):
         groups = part[part["arm"] == arm].groupby("learning_rate")["accuracy"]
         means = groups.mean()
-        (line,) = axis.plot(means.index, means, "o-", color=color(arm), label=arm, markersize=3)
+        (line,) = axis.plot(means.index, means, marker="o", label=arm, markersize=3, **style(arm))
         bands = [interval(values.to_numpy()) for _, values in groups]
         axis.fill_between(means.index, *zip(*bands, strict=True), color=line.get_color(), alpha=0.12)
     axis.set(title="digits, demo", xscale="log", xlabel="learning rate", ylabel="accuracy", ylim=(0, 1))
@@ -355,7 +357,7 @@ def plot_gradient_norms(rows: pd.DataFrame, path: Path) -> None:
             length = min((len(trace) for trace in traces), default=0)
             if length:
                 median = np.median([trace[:length] for trace in traces], axis=0)
-                axis.plot(range(1, length + 1), median, color=color(arm), label=arm, linewidth=0.8)
+                axis.plot(range(1, length + 1), median, label=arm, linewidth=0.8, **style(arm))
         axis.axhline(1.0, color="gray", linestyle=":", linewidth=0.8)
         axis.set(title=f"learning rate {rate:g}", yscale="log", xlabel="step", ylabel="gradient norm before clipping")
         axis.legend(fontsize=7)
@@ -364,40 +366,34 @@ def plot_gradient_norms(rows: pd.DataFrame, path: Path) -> None:
 
 
 def plot_cost(rows: pd.DataFrame, path: Path) -> None:
-    """Accuracy against sampled tokens and against seconds, mean over seeds, each arm at its best rate."""
+    """Accuracy against sampled tokens, mean over seeds, each arm that samples at its best rate."""
     rows = of_demo(rows)
     start = rows[rows["arm"] == "student"]["accuracy"].mean()
     completions = REGIMES["demo"].prompts * REGIMES["demo"].num_generations
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
+    figure, axis = plt.subplots(figsize=(8, 5), layout="constrained")
     for arm in in_order(trained(rows)["arm"]):
         part = rows[rows["arm"] == arm]
         runs = part[part["learning_rate"] == part.groupby("learning_rate")["accuracy"].mean().idxmax()]
-        # A run that has diverged is not evaluated to its end.
+        # A run that has diverged is not evaluated to its end, and an arm may sample nothing.
         runs = runs[runs["eval_step"].map(len) == runs["eval_step"].map(len).max()]
-        accuracy = [start, *np.mean(list(runs["eval_accuracy"]), axis=0)]
-        label = f"{arm}, {runs['learning_rate'].iloc[0]:g}"
-        sampled = [
-            completions * np.cumsum(lengths)[np.array(steps) - 1]
-            for lengths, steps in zip(runs["completion_length"], runs["eval_step"], strict=True)
-            if len(lengths)  # an arm may sample nothing
-        ]
-        if sampled:
-            axes[0].plot([0, *np.mean(sampled, axis=0)], accuracy, "o-", color=color(arm), label=label, markersize=3)
-        seconds = [
-            total * np.array(steps) / count
-            for total, steps, count in zip(runs["train_seconds"], runs["eval_step"], runs["steps"], strict=True)
-        ]
-        axes[1].plot([0, *np.mean(seconds, axis=0)], accuracy, "o-", color=color(arm), label=label, markersize=3)
-    axes[0].set(xlabel="sampled tokens", ylabel="accuracy")
-    axes[1].set(xlabel="seconds, evaluations left out")
-    axes[1].legend(fontsize=7, loc="lower right", title="arm, its best learning rate", title_fontsize=7)
+        runs = runs[runs["completion_length"].map(len) > 0]
+        if len(runs):
+            sampled = [
+                completions * np.cumsum(lengths)[np.array(steps) - 1]
+                for lengths, steps in zip(runs["completion_length"], runs["eval_step"], strict=True)
+            ]
+            accuracy = [start, *np.mean(list(runs["eval_accuracy"]), axis=0)]
+            label = f"{arm}, {runs['learning_rate'].iloc[0]:g}"
+            axis.plot([0, *np.mean(sampled, axis=0)], accuracy, marker="o", label=label, markersize=3, **style(arm))
+    axis.set(xlabel="sampled tokens", ylabel="accuracy")
+    axis.legend(fontsize=7, loc="lower right", title="arm, its best learning rate", title_fontsize=7)
     figure.savefig(path, dpi=80)
     plt.close(figure)
 
 
-def color(arm: str):
-    """The same for an arm in every figure."""
-    return plt.get_cmap("tab20")(list(ARMS).index(arm) % 20)
+def style(arm: str) -> dict:
+    """Colour and dashes: the same for an arm in every figure, and no two alike."""
+    return look(list(ARMS).index(arm))
 
 
 def replace_tables(text: str, new: dict[str, str]) -> str:
