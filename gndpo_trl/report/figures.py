@@ -36,10 +36,9 @@ BANDS = (("score/p01", "score/p99", 0.15), ("score/p10", "score/p90", 0.35))
 
 @dataclass(frozen=True)
 class Picture:
-    """A figure that was written: its file, its title, and what it shows for those who cannot see it."""
+    """A figure that was written, and what it shows in words, for those who cannot see it."""
 
     path: Path
-    title: str
     text: str
 
 
@@ -59,25 +58,24 @@ def draw(runs: list[Run], folder: Path) -> list[Picture]:
     def overlay(name: str, title: str, metric: str, log_scale: bool = False) -> None:
         keep(name, title, overlaid(runs, title, metric, log_scale))
 
+    def side_by_side(name: str, title: str, draw_run: Callable[[Axes, Run], bool]) -> None:
+        keep(name, title, beside(runs, title, draw_run))
+
     def keep(name: str, title: str, figure: Figure | None) -> None:
         if figure is not None:
             path = folder / f"{name}.png"
             figure.savefig(path, dpi=150)
-            pictures.append(Picture(path, title, f"{title}: {', '.join(run.name for run in runs)}"))
+            pictures.append(Picture(path, f"{title}: {', '.join(run.name for run in runs)}"))
 
     for number, reward in enumerate(rewards(runs)):
         overlay(f"reward_{number}", f"Reward: {reward}", f"rewards/{reward}/mean")
     overlay("reverse_kl", "Reverse KL to the teacher, nats per token", "reverse_kl")
     overlay("grad_norm", "Gradient norm before clipping", "grad_norm", log_scale=True)
-    keep("scores", "Scores, nats", beside(runs, "Scores before the clamp, nats", draw_scores))
+    side_by_side("scores", "Scores before the clamp, nats", draw_scores)
     overlay("length", "Completion length, tokens", "completions/mean_length")
     overlay("clipped", "Share of completions cut off at the limit", "completions/clipped_ratio")
     overlay("entropy", "Entropy of the student, nats per token", "entropy")
-    keep(
-        "seconds",
-        "Seconds",
-        beside(runs, "Seconds of a step, and of what is done for a generation batch", draw_seconds),
-    )
+    side_by_side("seconds", "Seconds of a step, and of what is done for a generation batch", draw_seconds)
     overlay("throughput", "Tokens per second, prompts included", THROUGHPUT)
     return pictures
 
