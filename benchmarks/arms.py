@@ -62,8 +62,8 @@ class Cell:
         return f"{self.task}-{self.regime}-{self.arm}-lr{self.learning_rate:g}-seed{self.seed}"
 
 
-def finished_cells(rows: list[dict]) -> set[Cell]:
-    return {Cell(*(row[name] for name in Cell.__dataclass_fields__)) for row in rows}
+def finished_cells(rows: list[dict], cell: type = Cell) -> set:
+    return {cell(*(row[name] for name in cell.__dataclass_fields__)) for row in rows}
 
 
 def read_rows(results: Path, output_dir: Path) -> list[dict]:
@@ -83,8 +83,8 @@ def write_whole(path: Path, write) -> None:
     partial.replace(path)
 
 
-def write_results(rows: list[dict], path: Path) -> None:
-    table = pd.DataFrame(rows).sort_values(list(Cell.__dataclass_fields__), ignore_index=True)
+def write_results(rows: list[dict], path: Path, cell: type = Cell) -> None:
+    table = pd.DataFrame(rows).sort_values(list(cell.__dataclass_fields__), ignore_index=True)
     write_whole(path, lambda partial: table.to_parquet(partial, compression="zstd"))
 
 
@@ -114,6 +114,14 @@ def run(cell: Cell, output_dir: Path, smoke: bool, jobs: int, commit: str) -> fl
     row["time"] = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
     write_whole(output_dir / "cells" / f"{cell.name}.json", lambda partial: partial.write_text(json.dumps(row)))
     return seconds
+
+
+def conclude(rows: list[dict], results: Path, failed: list[str]) -> int:
+    """Say how a command has ended; returns its exit status."""
+    print(f"{len(rows)} rows: {results}")
+    if failed:
+        print(f"{len(failed)} cells failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def main() -> int:
@@ -179,10 +187,7 @@ def main() -> int:
             rows = read_rows(args.results, args.output_dir)
             if rows:
                 write_results(rows, args.results)
-    print(f"{len(rows)} rows: {args.results}")
-    if failed:
-        print(f"{len(failed)} cells failed: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
+    return conclude(rows, args.results, failed)
 
 
 if __name__ == "__main__":

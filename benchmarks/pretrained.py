@@ -33,7 +33,7 @@ from typing import Any
 
 import pandas as pd
 from arm_cells import ARMS
-from arms import ROOT, code_version, write_whole
+from arms import ROOT, code_version, conclude, finished_cells, write_results, write_whole
 
 
 # Of the arms in `arm_cells.py`: those that need no sampler of their own, and the student that they all start from.
@@ -351,10 +351,6 @@ def run(cell: Cell, folder: Path, threads: int, steps: int) -> dict[str, Any]:
 # ---- all of them
 
 
-def finished_cells(rows: list[dict]) -> set[Cell]:
-    return {Cell(*(row[name] for name in Cell.__dataclass_fields__)) for row in rows}
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_file", type=Path, required=True, help="a GGUF file, or the folder of a checkpoint")
@@ -387,7 +383,8 @@ def main() -> int:
             args.seeds, args.left_out, args.learning_rates, args.arms
         )
     ]
-    cells = [cell for cell in dict.fromkeys(wanted) if cell not in finished_cells(rows)]
+    finished = finished_cells(rows, Cell)
+    cells = [cell for cell in dict.fromkeys(wanted) if cell not in finished]
     print(f"{len(wanted) - len(cells)} of {len(wanted)} cells are there, {len(cells)} to run", flush=True)
 
     os.environ.update(OMP_NUM_THREADS=str(args.threads), TOKENIZERS_PARALLELISM="false")
@@ -408,13 +405,9 @@ def main() -> int:
                 print(f"{count}/{len(cells)} {cell.name} failed: {type(error).__name__}: {error}", flush=True)
                 continue
             rows.append(row)
-            table = pd.DataFrame(rows).sort_values(list(Cell.__dataclass_fields__), ignore_index=True)
-            write_whole(args.results, lambda partial, table=table: table.to_parquet(partial, compression="zstd"))
+            write_results(rows, args.results, Cell)
             print(f"{count}/{len(cells)} {cell.name}: {row['cell_seconds']:.0f} s", flush=True)
-    print(f"{len(rows)} rows: {args.results}")
-    if failed:
-        print(f"{len(failed)} cells failed: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
+    return conclude(rows, args.results, failed)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """The run report: what is read of a run, what is drawn of it, and the page in a browser."""
 
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 from PIL import Image
+from test_token_page import CHROMIUM
 from transformers import TrainerState
 
 from gndpo_trl.report.command import main, write_report
@@ -17,7 +17,6 @@ from gndpo_trl.report.figures import COLOURS, look, smooth
 from gndpo_trl.report.runs import THROUGHPUT, TokenPage, read_run, read_runs, short_names
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NAN = float("nan")
 
 

@@ -1,6 +1,6 @@
 """The figures of the run report: curves of several runs in one, smoothed with what was logged behind."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,8 +58,10 @@ def draw(runs: list[Run], folder: Path) -> list[Picture]:
     def overlay(name: str, title: str, metric: str, log_scale: bool = False) -> None:
         keep(name, title, overlaid(runs, title, metric, log_scale))
 
-    def side_by_side(name: str, title: str, draw_run: Callable[[Axes, Run], bool]) -> None:
-        keep(name, title, beside(runs, title, draw_run))
+    def side_by_side(name: str, title: str, metrics: Iterable[str], draw_run: Callable[[Axes, Run], None]) -> None:
+        shown = [run for run in runs if any(len(run.curve(metric)[0]) for metric in metrics)]
+        if shown:
+            keep(name, title, beside(shown, title, len(runs) > 1, draw_run))
 
     def keep(name: str, title: str, figure: Figure | None) -> None:
         if figure is not None:
@@ -71,11 +73,11 @@ def draw(runs: list[Run], folder: Path) -> list[Picture]:
         overlay(f"reward_{number}", f"Reward: {reward}", f"rewards/{reward}/mean")
     overlay("reverse_kl", "Reverse KL to the teacher, nats per token", "reverse_kl")
     overlay("grad_norm", "Gradient norm before clipping", "grad_norm", log_scale=True)
-    side_by_side("scores", "Scores before the clamp, nats", draw_scores)
+    side_by_side("scores", "Scores before the clamp, nats", ["score/p50"], draw_scores)
     overlay("length", "Completion length, tokens", "completions/mean_length")
     overlay("clipped", "Share of completions cut off at the limit", "completions/clipped_ratio")
     overlay("entropy", "Entropy of the student, nats per token", "entropy")
-    side_by_side("seconds", "Seconds of a step, and of what is done for a generation batch", draw_seconds)
+    side_by_side("seconds", "Seconds of a step, and of what is done for a generation batch", PHASES, draw_seconds)
     overlay("throughput", "Tokens per second, prompts included", THROUGHPUT)
     return pictures
 
@@ -107,9 +109,9 @@ def look(number: int) -> dict:
 
 def new_figure(columns: int = 1, rows: int = 1) -> tuple[Figure, np.ndarray]:
     # Not through pyplot, which would choose a window system and keep every figure.
-    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}):
+    with matplotlib.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(6.4 * columns, 3.6 * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, sharex=False, sharey=True, squeeze=False)
+        axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axis in axes.flat:
         axis.grid(alpha=0.25)
         axis.set_xlabel("step")
@@ -153,29 +155,24 @@ def evaluations(run: Run, metric: str) -> list[str]:
     return [name for name in run.metrics() if name.startswith("eval_") and name.endswith(f"_{metric}")]
 
 
-def beside(runs: list[Run], title: str, draw_run: Callable[[Axes, Run], bool]) -> Figure | None:
-    """Axes for each run that `draw_run` has something to draw of, with one scale, or None where there is none."""
-    shown = [run for run in runs if draw_run(Figure().subplots(), run)]
-    if not shown:
-        return None
-    columns = min(len(shown), 2)
-    figure, axes = new_figure(columns, -(-len(shown) // columns))
-    for axis, run in zip(axes.flat, shown, strict=False):
+def beside(runs: list[Run], title: str, is_named: bool, draw_run: Callable[[Axes, Run], None]) -> Figure:
+    """Axes for each run, with one scale; `is_named` says whether a run's name stands above its own."""
+    columns = min(len(runs), 2)
+    figure, axes = new_figure(columns, -(-len(runs) // columns))
+    for axis, run in zip(axes.flat, runs, strict=False):
         draw_run(axis, run)
-        axis.set_title(run.name if len(runs) > 1 else title)
+        axis.set_title(run.name if is_named else title)
         axis.legend(fontsize="small")
-    for axis in axes.flat[len(shown) :]:
+    for axis in axes.flat[len(runs) :]:
         axis.set_visible(False)
-    if len(runs) > 1:
+    if is_named:
         figure.suptitle(title)
     return figure
 
 
-def draw_scores(axis: Axes, run: Run) -> bool:
+def draw_scores(axis: Axes, run: Run) -> None:
     """Bands between quantiles of the scores, and their median."""
     steps, median = run.curve("score/p50")
-    if len(steps) == 0:
-        return False
     for low, high, alpha in BANDS:
         at, bottom = run.curve(low)
         _, top = run.curve(high)
@@ -187,14 +184,11 @@ def draw_scores(axis: Axes, run: Run) -> bool:
     draw_curve(axis, steps, median, "median", {"color": COLOURS[6], "linestyle": "solid"})
     mean_at, mean = run.curve("score/mean")
     draw_curve(axis, mean_at, mean, "mean", {"color": COLOURS[1], "linestyle": "dashed"})
-    return True
 
 
-def draw_seconds(axis: Axes, run: Run) -> bool:
+def draw_seconds(axis: Axes, run: Run) -> None:
     """Time of a step, and of the phases that a generation batch goes through."""
-    found = {label: run.curve(metric) for metric, label in PHASES.items() if len(run.curve(metric)[0])}
-    for number, (label, (steps, seconds)) in enumerate(found.items()):
+    curves = [(label, *run.curve(metric)) for metric, label in PHASES.items()]
+    for number, (label, steps, seconds) in enumerate(curve for curve in curves if len(curve[1])):
         draw_curve(axis, steps, seconds, label, look(number))
-    if found:
-        axis.set_ylim(bottom=0)
-    return bool(found)
+    axis.set_ylim(bottom=0)

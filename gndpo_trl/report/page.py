@@ -78,7 +78,8 @@ def summary(runs: list[Run]) -> str:
 
 def at_the_end(run: Run, metric: str) -> float:
     steps, values = run.curve(metric)
-    return values[steps > (1 - END) * run.step].mean() if len(steps) and steps[-1] > (1 - END) * run.step else np.nan
+    values = values[steps > (1 - END) * run.step]
+    return values.mean() if len(values) else np.nan
 
 
 def decimal(value: float, digits: int) -> str:
