@@ -174,7 +174,6 @@ def regimes(rows: pd.DataFrame) -> str:
                 norms = [
                     np.mean([statistic(trace) for trace in runs["grad_norm"]]) for statistic in (np.median, np.max)
                 ]
-                clamped = pd.Series([np.mean(trace) if len(trace) else np.nan for trace in runs["clamped"]])
                 table.append(
                     [
                         *(task, regime, arm, f"{rate:g}"),
@@ -183,7 +182,7 @@ def regimes(rows: pd.DataFrame) -> str:
                         show(runs["reverse_kl"], nats),
                         " / ".join(f"{norm:.2g}" for norm in norms),
                         show(runs["length"], tokens),
-                        show(clamped, percent),
+                        show(clamped_share(runs), percent),
                     ]
                 )
     return markdown(header, table)
@@ -267,6 +266,11 @@ def of_demo(rows: pd.DataFrame) -> pd.DataFrame:
     return rows[(rows["task"] == "digits") & (rows["regime"] == "demo")]
 
 
+def clamped_share(runs: pd.DataFrame) -> pd.Series:
+    """Mean over the steps of each run; NaN for an arm that clamps nothing by its nature."""
+    return runs["clamped"].map(lambda values: np.mean(values) if len(values) else np.nan)
+
+
 def pretrained_tables(rows: pd.DataFrame) -> dict[str, str]:
     """What the runs of `pretrained.py` came to, and what their steps cost; a line for each gap, rate and arm."""
     return {"pretrained-results": pretrained_results(rows), "pretrained-cost": pretrained_cost(rows)}
@@ -313,7 +317,6 @@ def pretrained_cost(rows: pd.DataFrame) -> str:
                 for seconds, generation in zip(runs["step_seconds"], runs["generation_seconds"], strict=True)
             ]
         )
-        clamped = runs["clamped"].map(lambda values: np.mean(values) if len(values) else np.nan)
         table.append(
             [
                 str(left_out),
@@ -323,7 +326,7 @@ def pretrained_cost(rows: pd.DataFrame) -> str:
                 show(step, "{:.2f}".format),
                 show(runs["peak_bytes"] / 2**30, "{:.2f}".format),
                 show(runs["grad_norm"].map(np.median), "{:.1f}".format),
-                show(clamped, percent),
+                show(clamped_share(runs), percent),
             ]
         )
     header = ["layers left out", "rate", "arm", "sampling, s", "rest of a step, s", "memory, GiB", "gradient norm"]
