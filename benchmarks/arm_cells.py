@@ -28,6 +28,8 @@ ARMS = {
     "none": Arm(options={"advantage_normalization": "none"}),
     "raw": Arm(options={"advantage_normalization": "none", "score_clip": None}),
     "global-unclamped": Arm(options={"score_clip": None}),
+    "global-clip-1": Arm(options={"score_clip": 1.0}),
+    "global-clip-0.3": Arm(options={"score_clip": 0.3}),
     "group": Arm(options={"advantage_normalization": "group"}),
     "sequence": Arm(options={"advantage_normalization": "sequence"}),
     "global-dapo": Arm(options={"loss_type": "dapo"}),
@@ -50,6 +52,7 @@ ARMS = {
     "tanh": Arm(transform="tanh"),
     "power-0.5": Arm(transform="power-0.5"),
     "power-1": Arm(transform="power-1"),
+    "power-1-global": Arm(transform="power-1-global"),
     # Peers.
     "distillation": Arm("distillation"),
     "sft": Arm("sft"),

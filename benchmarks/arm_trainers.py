@@ -86,8 +86,9 @@ def of_scores(transform: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -
 def build_transform(name: str) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
     """The function that makes advantages of the log-probs `(B, T)` of teacher and student, and the mask; one per run."""
     if name.startswith("power-"):
-        exponent = float(name.removeprefix("power-"))
-        return lambda teacher, student, mask: transforms.power(teacher, student, mask, exponent)
+        whitened = name.endswith("-global")
+        exponent = float(name.removeprefix("power-").removesuffix("-global"))
+        return lambda teacher, student, mask: transforms.power(teacher, student, mask, exponent, whitened)
     if name == "running":
         return of_scores(transforms.Running())
     if name.endswith("-sequence"):

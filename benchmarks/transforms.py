@@ -8,7 +8,13 @@ returns advantages `(B, T)`, 0 where the mask is False. All of a generation batc
 
 import torch
 
-from gndpo_trl.objective.advantages import VARIANCE_EPSILON, clamp_scores, merge_moments, row_moments
+from gndpo_trl.objective.advantages import (
+    VARIANCE_EPSILON,
+    clamp_scores,
+    compute_advantages,
+    merge_moments,
+    row_moments,
+)
 
 
 SCORE_CLIP = 5.0  # nats, the reference's
@@ -88,7 +94,11 @@ def tanh(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def power(
-    teacher_logps: torch.Tensor, student_logps: torch.Tensor, mask: torch.Tensor, exponent: float
+    teacher_logps: torch.Tensor,
+    student_logps: torch.Tensor,
+    mask: torch.Tensor,
+    exponent: float,
+    whitened: bool = False,
 ) -> torch.Tensor:
     """
     PowerOPD's reward (arXiv 2606.17199): the difference of the two probabilities, each raised to `exponent`. It lies
@@ -98,5 +108,7 @@ def power(
         teacher_logps, student_logps (`torch.Tensor` of shape `(B, T)`): Log-probs of the sampled tokens, in nats.
         mask (`torch.Tensor` of shape `(B, T)`): True on valid tokens.
         exponent (`float`): Positive; 1 compares the probabilities themselves.
+        whitened (`bool`): Whether to whiten the rewards over the batch, which PowerOPD does not.
     """
-    return ((exponent * teacher_logps).exp() - (exponent * student_logps).exp()).masked_fill(~mask, 0.0)
+    rewards = ((exponent * teacher_logps).exp() - (exponent * student_logps).exp()).masked_fill(~mask, 0.0)
+    return compute_advantages(rewards, mask, score_clip=None)[0] if whitened else rewards

@@ -55,6 +55,8 @@ MASK = torch.tensor([[True, True, True], [True, True, False]])
         ("running", [[0.438529, -1.973379, 0.219265], [0.657794, 0.657794, 0.0]]),
         ("tanh", [[0.498340, -4.426758, 0.0], [0.986877, 0.986877, 0.0]]),
         ("power-1", [[0.238651, -0.135212, 0.0], [0.085548, 0.492296, 0.0]]),
+        # mean 0.136257 and standard deviation 0.240874 of the line above
+        ("power-1-global", [[0.425095, -1.127015, -0.565676], [-0.210519, 1.478115, 0.0]]),
         ("power-0.5", [[0.172270, -0.356770, 0.0], [0.144749, 0.347235, 0.0]]),
     ],
 )
@@ -495,6 +497,18 @@ def test_tables_of_a_document_are_replaced_and_nothing_else():
     assert arms_report.replace_tables(new, {"a": "| A |", "b": "| B |"}) == new
 
 
+def test_seconds_are_those_of_a_step_and_beside_the_peer_of_the_same_seed(tmp_path):
+    rows = rows_of({("global", 1e-3): [0.6, 0.8], ("distillation", 1e-3): [0.5, 0.7]})
+    rows["train_seconds"] = [3.0, 6.0, 6.0, 6.0]
+    header, _, ours, peer = arms_report.time_table(rows).splitlines()
+    assert header.endswith("| to distillation | accuracy at the end, % |")
+    assert ours.startswith("| digits | global | 0.001 | 21.0 ") and ours.endswith("| 70.0 [60.0, 80.0] (n=2) |")
+    assert "| 1.500 [1.000, 2.000] (n=2) | 0.75 [0.50, 1.00] (n=2) |" in ours
+    assert "| 2.000 [2.000, 2.000] (n=2) | – |" in peer
+    arms_report.plot_time(pd.concat([rows, rows.assign(task="chain")]), tmp_path / "time.png")
+    assert (tmp_path / "time.png").stat().st_size > 0
+
+
 def test_tables_of_the_pretrained_pair():
     row = {"left_out": 4, "learning_rate": 1e-4, "agreement": 0.5, "length": 20.0, "peak_bytes": 2**30}
     row |= {"grad_norm": [1.0, 3.0, 4.0], "step_seconds": [9.0, 3.0, 5.0], "generation_seconds": [1.0, 1.0, 1.0]}
@@ -522,5 +536,6 @@ def test_tables_of_the_pretrained_pair():
 
 def test_the_document_holds_the_tables_of_the_committed_rows():
     text = (arms.ROOT / "docs" / "evidence.md").read_text()
-    committed = [module.RESULTS for module in (arms, gradient_noise, moments, pretrained)]
+    results, *others = (module.RESULTS for module in (arms, gradient_noise, moments, pretrained))
+    committed = (results, arms.ROOT / "benchmarks" / "arms_time.parquet", *others)
     assert arms_report.replace_tables(text, arms_report.all_tables(*committed)) == text
