@@ -136,6 +136,11 @@ class GNDPOConfig(ExtendedGRPOConfig):
             `λ (log π_teacher - log π_ref) - (log π_student - log π_ref)`. 1 is the plain score, which needs no reference;
             above 1 the student is led beyond its teacher. The reference is TRL's with `beta`, else a copy of the student
             or, for a PEFT student, what lies under its adapters.
+        score_power (`float`, *optional*, defaults to `0.0`):
+            Exponent α of PowerOPD: what is whitened is the difference `π_teacher^α - π_student^α` of the sampled token's
+            probabilities, which needs no clamp (`score_clip=None`), and which PowerOPD does not whiten
+            (`advantage_normalization="none"`). 0 is the paper: the difference of log-probs. Metrics of scores stay in
+            nats.
         score_discount (`float`, *optional*, defaults to `0.0`):
             Discount γ of the clamped scores of later tokens, which are added to those of a token before they are
             normalized. 0 is the paper: each token for itself. 1 adds up all that follow.
@@ -318,6 +323,15 @@ class GNDPOConfig(ExtendedGRPOConfig):
             "for a PEFT student, what lies under its adapters."
         },
     )
+    score_power: float = field(
+        default=0.0,
+        metadata={
+            "help": "Exponent α of PowerOPD: what is whitened is the difference `π_teacher^α - π_student^α` of the sampled "
+            "token's probabilities, which needs no clamp (`score_clip=None`), and which PowerOPD does not whiten "
+            '(`advantage_normalization="none"`). 0 is the paper: the difference of log-probs. Metrics of scores stay in '
+            "nats."
+        },
+    )
     score_discount: float = field(
         default=0.0,
         metadata={
@@ -444,6 +458,7 @@ class GNDPOConfig(ExtendedGRPOConfig):
                 f"`extrapolation` is {self.extrapolation}, but it weighs what the teacher adds to the student's beginning. "
                 "Use 1.0 for the plain score, or another positive number."
             )
+        self._check_score_power()
         if not 0 <= self.score_discount <= 1:
             raise ValueError(
                 f"`score_discount` is {self.score_discount}, but it is the weight of the next token's score. Give a number "
@@ -511,6 +526,24 @@ class GNDPOConfig(ExtendedGRPOConfig):
                 stacklevel=2,
             )
 
+    def _check_score_power(self) -> None:
+        """Raise `ValueError` where `score_power` is no exponent, or another field is about differences of log-probs."""
+        if not 0 <= self.score_power < float("inf"):
+            raise ValueError(
+                f"`score_power` is {self.score_power}, but it is an exponent of probabilities. Use 0.0 for the paper's "
+                "difference of log-probs, or a positive number; 1.0 compares the probabilities themselves."
+            )
+        if self.score_power != 0 and self.score_clip is not None:
+            raise ValueError(
+                f"`score_power` is {self.score_power}, so that scores lie between -1 and 1, and `score_clip` "
+                f"({self.score_clip}) is a number of nats. Set `score_clip` to None."
+            )
+        if self.score_power != 0 and self.extrapolation != 1.0:
+            raise ValueError(
+                f"`score_power` is {self.score_power} and `extrapolation` {self.extrapolation}, but extrapolated are "
+                "differences of log-probs. Set `score_power` to 0.0, or `extrapolation` to 1.0."
+            )
+
     def _check_expectations(self) -> None:
         """Raise `ValueError` where `score_baseline` or `estimator` is unknown or does not go with another field."""
         if self.score_baseline not in (None, *SCORE_BASELINES):
@@ -523,6 +556,7 @@ class GNDPOConfig(ExtendedGRPOConfig):
                 "use_sampling_logps": (self.use_sampling_logps, "the sampler says nothing about the other tokens"),
                 "torch_compile": (self.torch_compile, "a compiled model does not hand out its hidden states"),
                 "extrapolation": (self.extrapolation != 1.0, "the reference's distribution is not looked at"),
+                "score_power": (self.score_power != 0, "expectations are of differences of log-probs"),
                 "score_discount": (
                     self.score_discount != 0.0,
                     "what follows a token is known of the sampled one only",

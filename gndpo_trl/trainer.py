@@ -29,7 +29,7 @@ from .grpo.vllm import check_sampling_logps
 from .objective.advantages import clamp_scores, normalize, population_moments, token_scores
 from .objective.distributions import Comparison
 from .objective.mixture import mix_advantages
-from .objective.scores import discounted_scores, extrapolated_scores
+from .objective.scores import discounted_scores, extrapolated_scores, power_scores
 from .run_warnings import RunWarnings
 from .teacher_arguments import Student, get_reference, get_teacher
 from .teacher_logs import TeacherLogsMixin
@@ -99,7 +99,7 @@ class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, TokenViewMixin, ExtendedG
     _generation_arguments = (
         *ExtendedGRPOTrainer._generation_arguments,
         *("score_clip", "advantage_normalization", "std_floor", "use_sampling_logps", "score_baseline", "estimator"),
-        *("teacher_weights", "distillation_coef", "reward_coef", "extrapolation", "score_discount"),
+        *("teacher_weights", "distillation_coef", "reward_coef", "extrapolation", "score_power", "score_discount"),
     )
     _tag_names = ["trl", "gndpo"]
     _name = "GNDPO"
@@ -361,13 +361,16 @@ class GNDPOTrainer(ExpectationMixin, TeacherLogsMixin, TokenViewMixin, ExtendedG
         reference_logps: torch.Tensor | None,
         mask: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Raw scores `(B, T)` in nats, and what is whitened: each clamped, with what follows it."""
+        """Raw scores `(B, T)` in nats, and what is whitened: each clamped, or of probabilities, with what follows it."""
         args = self.args
         if reference_logps is None:
             scores = token_scores(teacher_logps, student_logps, mask)
         else:
             scores = extrapolated_scores(teacher_logps, student_logps, reference_logps, mask, args.extrapolation)
-        clamped = clamp_scores(scores, mask, args.score_clip)
+        if args.score_power == 0:
+            clamped = clamp_scores(scores, mask, args.score_clip)
+        else:
+            clamped = power_scores(teacher_logps, student_logps, mask, args.score_power)
         if args.score_discount != 0:
             clamped = discounted_scores(clamped, args.score_discount).masked_fill(~mask, 0.0)
         return scores, clamped

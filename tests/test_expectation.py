@@ -422,6 +422,7 @@ def test_teachers_without_a_distribution_are_refused(make_trainer, options, fiel
         (BOTH["baseline"] | {"torch_compile": True}, "`torch_compile` is True"),
         (BOTH["baseline"] | {"extrapolation": 1.2}, "`extrapolation` is 1.2, which does not go with"),
         (BOTH["baseline"] | {"score_discount": 0.5}, "`score_discount` is 0.5, which does not go with"),
+        (BOTH["baseline"] | {"score_power": 1.0, "score_clip": None}, "`score_power` is 1.0, which does not go with"),
         (BOTH["exact"] | {"reward_coef": 1.0}, "`reward_coef` is 1.0, which does not go with"),
         (BOTH["exact"] | {"distillation_coef": 0.5}, "`distillation_coef` is 0.5, which does not go with"),
     ],

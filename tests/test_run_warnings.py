@@ -183,6 +183,12 @@ def test_the_floor_and_the_number_of_tokens_are_looked_at(make_config):
     assert check_handful(history, make_config()) is None
 
 
+def test_a_clamp_is_advised_where_there_can_be_one(make_config):
+    history = entries([10], **{"advantages/share_top_1_percent": [0.9], "advantages/num_tokens": [1000]})
+    assert "set `score_clip` to 5.0; have more" in check_handful(history, make_config(score_clip=None))
+    assert "score_clip" not in check_handful(history, make_config(score_power=1.0, score_clip=None))
+
+
 def test_one_process_speaks(make_config):
     config, log_history = make_config(), entries([10], **{"loss": [0.0], "score/std": [0.0]})
     for is_main in (False, True):

@@ -8,7 +8,7 @@ from transformers import Qwen3ForCausalLM
 
 from gndpo_trl.grpo.rollouts import valid_tokens
 from gndpo_trl.objective.advantages import token_scores
-from gndpo_trl.objective.scores import discounted_scores, extrapolated_scores
+from gndpo_trl.objective.scores import discounted_scores, extrapolated_scores, power_scores
 from gndpo_trl.teachers import LocalTeacher, SelfTeacher
 
 
@@ -47,6 +47,48 @@ def test_discounted_scores_equal_the_recursion(length, discount):
     torch.testing.assert_close(discounted_scores(scores, discount), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    "power, expected",
+    [
+        (1.0, [[0.238651, -0.135212, 0.0], [0.085548, 0.492296, 0.0]]),
+        (0.5, [[0.172270, -0.356770, 0.0], [0.144749, 0.347235, 0.0]]),
+    ],
+)
+def test_power_scores_of_numbers_computed_by_hand(power, expected):
+    teacher = torch.tensor([[-0.5, -9.0, -1.0], [-2.0, -0.25, float("nan")]])
+    old = torch.tensor([[-1.0, -2.0, -1.0], [-3.0, -1.25, -7.0]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    torch.testing.assert_close(power_scores(teacher, old, mask, power), torch.tensor(expected), atol=1e-5, rtol=0)
+
+
+def test_small_powers_give_the_plain_score():
+    teacher = torch.tensor([[-0.5, -9.0, -1.0]], dtype=torch.float64)
+    old, mask = torch.tensor([[-1.0, -2.0, 0.0]], dtype=torch.float64), torch.ones(1, 3)
+    found = power_scores(teacher, old, mask, 1e-6) / 1e-6
+    torch.testing.assert_close(found, token_scores(teacher, old, mask), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("normalization", ["none", "global"])
+def test_a_run_compares_probabilities_and_logs_nats(make_trainer, checkpoints, normalization):
+    options = {"score_power": 0.5, "score_clip": None, "score_discount": 0.5, "advantage_normalization": normalization}
+    trainer = make_trainer(per_device_train_batch_size=8, learning_rate=1e-2, **options)
+    trainer.train()
+    rollout = make_rollout(trainer)
+    mask = valid_tokens(rollout)
+    teacher_logps = plain_logps(Qwen3ForCausalLM.from_pretrained(checkpoints["qwen3-teacher"]), rollout)
+    student_logps = trainer._per_token_logps(trainer.model, rollout)
+    differences = (teacher_logps.exp().sqrt() - student_logps.exp().sqrt()).masked_fill(~mask, 0.0)
+    expected = discounted_scores(differences, 0.5)
+    if normalization == "global":
+        expected = (expected - expected[mask].mean()) / expected[mask].std()
+    torch.testing.assert_close(rollout["advantages"][mask], expected[mask], rtol=0, atol=1e-3)
+    assert not rollout["advantages"][~mask].any()
+
+    metrics = {name: values[-1] for name, values in trainer._metrics["train"].items()}
+    assert metrics["score/mean"] == pytest.approx((teacher_logps - student_logps)[mask].mean().item(), abs=1e-4)
+    assert metrics["score/clamped_low"] == metrics["score/clamped_high"] == 0.0
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.1])
 @pytest.mark.parametrize("peft", [False, True])
 def test_a_run_extrapolates_from_the_student_before_training(make_trainer, checkpoints, beta, peft):
@@ -82,7 +124,12 @@ def test_the_students_start_is_not_held_twice(make_trainer, text_dataset):
     trainer.train()
 
 
-def test_the_loss_uses_the_same_scores_where_the_sampler_gives_the_statistics(make_trainer):
+@pytest.mark.parametrize(
+    "options",
+    [{"extrapolation": 1.5, "score_discount": 0.9}, {"score_power": 1.0, "score_clip": None}],
+    ids=["extrapolated", "power"],
+)
+def test_the_loss_uses_the_same_scores_where_the_sampler_gives_the_statistics(make_trainer, options):
     """`use_sampling_logps`, with log-probs of the sampler that are those of the training engine."""
 
     def rollout_func(prompts, trainer):
@@ -97,9 +144,8 @@ def test_the_loss_uses_the_same_scores_where_the_sampler_gives_the_statistics(ma
         return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": logps}
 
     def make_one(use_sampling_logps: bool):
-        options = {"extrapolation": 1.5, "score_discount": 0.9, "max_steps": 1, "per_device_train_batch_size": 8}
-        functions = {"rollout_func": rollout_func}
-        return gradients(make_trainer(trainer_options=functions, use_sampling_logps=use_sampling_logps, **options))
+        shared = {"max_steps": 1, "per_device_train_batch_size": 8, "use_sampling_logps": use_sampling_logps}
+        return gradients(make_trainer(trainer_options={"rollout_func": rollout_func}, **shared, **options))
 
     found, expected = make_one(True), make_one(False)
     for name, gradient in expected.items():
@@ -113,6 +159,16 @@ def test_the_loss_uses_the_same_scores_where_the_sampler_gives_the_statistics(ma
         ({"extrapolation": float("nan")}, "`extrapolation` is nan"),
         ({"score_discount": 1.1}, "`score_discount` is 1.1"),
         ({"score_discount": -0.1}, "`score_discount` is -0.1"),
+        ({"score_power": -1.0, "score_clip": None}, "`score_power` is -1.0.*Use 0.0 for the paper's"),
+        ({"score_power": float("nan"), "score_clip": None}, "`score_power` is nan"),
+        (
+            {"score_power": 1.0},
+            "`score_power` is 1.0.*`score_clip` .5.0. is a number of nats. Set `score_clip` to None",
+        ),
+        (
+            {"score_power": 1.0, "score_clip": None, "extrapolation": 1.5},
+            "`score_power` is 1.0 and `extrapolation` 1.5.*or `extrapolation` to 1.0",
+        ),
     ],
 )
 def test_numbers_that_cannot_be_meant_are_refused(make_config, options, message):

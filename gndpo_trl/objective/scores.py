@@ -33,6 +33,29 @@ def extrapolated_scores(
     return scores.masked_fill(mask == 0, 0.0)
 
 
+def power_scores(
+    teacher_logps: torch.Tensor, old_logps: torch.Tensor, mask: torch.Tensor, power: float
+) -> torch.Tensor:
+    """
+    Scores of PowerOPD (https://huggingface.co/papers/2606.17199), which compare probabilities instead of their logarithms.
+
+        score = π_T^α - π_old^α
+
+    They lie between -1 and 1, whatever the teacher is sure of, and are small where both find a token unlikely. Divided by α
+    they go to [`~advantages.token_scores`] as α goes to 0.
+
+    Args:
+        teacher_logps (`torch.Tensor` of shape `(B, T)`): Log-probs of the sampled tokens under the teacher, in nats.
+        old_logps (`torch.Tensor` of shape `(B, T)`): Log-probs under the student at sampling time.
+        mask (`torch.Tensor` of shape `(B, T)`): Nonzero on valid tokens.
+        power (`float`): α, positive.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: differences of powers of probabilities, 0 on masked tokens.
+    """
+    return ((power * teacher_logps).exp() - (power * old_logps).exp()).masked_fill(mask == 0, 0.0)
+
+
 def discounted_scores(scores: torch.Tensor, discount: float) -> torch.Tensor:
     """
     Scores with those of the tokens that follow, `Σ_k γ^k · score[t + k]`: a token answers for what it led to.
