@@ -42,6 +42,9 @@ ARMS = {
     "exact-sequence": Arm(options={"estimator": "exact", "advantage_normalization": "sequence"}),
     "exact-dapo": Arm(options={"estimator": "exact", "loss_type": "dapo"}),
     "exact-dapo-raw": Arm(options={"estimator": "exact", "loss_type": "dapo", "score_clip": None}),
+    "power-0.5": Arm(options={"score_power": 0.5, "score_clip": None, "advantage_normalization": "none"}),
+    "power-1": Arm(options={"score_power": 1.0, "score_clip": None, "advantage_normalization": "none"}),
+    "power-1-global": Arm(options={"score_power": 1.0, "score_clip": None}),
     # In the benchmark alone.
     "scale": Arm(transform="scale"),
     "center": Arm(transform="center"),
@@ -50,9 +53,6 @@ ARMS = {
     "robust": Arm(transform="robust"),
     "running": Arm(transform="running"),
     "tanh": Arm(transform="tanh"),
-    "power-0.5": Arm(transform="power-0.5"),
-    "power-1": Arm(transform="power-1"),
-    "power-1-global": Arm(transform="power-1-global"),
     # Peers.
     "distillation": Arm("distillation"),
     "sft": Arm("sft"),

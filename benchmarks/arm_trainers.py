@@ -1,6 +1,7 @@
 """The trainer of an arm: this package's, TRL's, or this package's with advantages of another kind."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -65,12 +66,12 @@ class GRPOSampling(FastSampling):
 class OurTrainer(GRPOSampling, GNDPOTrainer):
     """GNDPO; or, with a `transform`, advantages that another function makes of the same scores of the same batch."""
 
-    transform: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    transform: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
     def _log_teacher(self, mode, rollout, seconds, scores, logps, undefined, unknown, mask, teachers):
-        # The last thing that is done with a batch, and the one place that has both log-probs.
+        # The last thing that is done with a batch.
         if self.transform is not None and mode == "train":
-            rollout["advantages"] = self.transform(*logps, mask)
+            rollout["advantages"] = self.transform(scores, mask)
         super()._log_teacher(mode, rollout, seconds, scores, logps, undefined, unknown, mask, teachers)
 
 
@@ -78,23 +79,13 @@ class RewardTrainer(GRPOSampling, GSPOTrainer):
     """GSPO."""
 
 
-def of_scores(transform: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Callable:
-    """A transform of scores and mask as one of both log-probs and mask."""
-    return lambda teacher, student, mask: transform((teacher - student).masked_fill(~mask, 0.0), mask)
-
-
-def build_transform(name: str) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The function that makes advantages of the log-probs `(B, T)` of teacher and student, and the mask; one per run."""
-    if name.startswith("power-"):
-        whitened = name.endswith("-global")
-        exponent = float(name.removeprefix("power-").removesuffix("-global"))
-        return lambda teacher, student, mask: transforms.power(teacher, student, mask, exponent, whitened)
+def build_transform(name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The function that makes advantages of the scores `(B, T)` and their mask; one per run."""
     if name == "running":
-        return of_scores(transforms.Running())
+        return transforms.Running()
     if name.endswith("-sequence"):
-        transform = getattr(transforms, name.removesuffix("-sequence"))
-        return of_scores(lambda scores, mask: transform(scores, mask, by_sequence=True))
-    return of_scores(getattr(transforms, name))
+        return partial(getattr(transforms, name.removesuffix("-sequence")), by_sequence=True)
+    return getattr(transforms, name)
 
 
 class SamePrompts(DistillationTrainer):

@@ -41,6 +41,7 @@ from datasets import load_from_disk
 from transformers import PreTrainedModel
 
 from gndpo_trl.objective.advantages import compute_advantages, normalize, population_moments
+from gndpo_trl.objective.scores import power_scores
 
 
 RESULTS = ROOT / "benchmarks" / "gradient_noise.parquet"
@@ -77,8 +78,12 @@ def whitened(**options) -> Callable[[Batch], torch.Tensor]:
 
 def transform(name: str) -> Callable[[Batch], torch.Tensor]:
     function = build_transform(name)
-    return lambda batch: function(
-        batch.of_sampled(batch.teacher), batch.of_sampled(batch.student.detach()), batch.mask
+    return lambda batch: function(batch.scores, batch.mask)
+
+
+def power(exponent: float) -> Callable[[Batch], torch.Tensor]:
+    return lambda batch: power_scores(
+        batch.of_sampled(batch.teacher), batch.of_sampled(batch.student.detach()), batch.mask, exponent
     )
 
 
@@ -109,9 +114,11 @@ SAMPLED = {
         name: transform(name)
         for name in (
             *("scale", "center", "scale-sequence", "center-sequence"),
-            *("robust", "tanh", "power-0.5", "power-1"),
+            *("robust", "tanh"),
         )
     },
+    "power-0.5": power(0.5),
+    "power-1": power(1.0),
 }
 
 # Arms that look at the whole vocabulary: the bound of the clamp.

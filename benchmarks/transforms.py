@@ -8,13 +8,7 @@ returns advantages `(B, T)`, 0 where the mask is False. All of a generation batc
 
 import torch
 
-from gndpo_trl.objective.advantages import (
-    VARIANCE_EPSILON,
-    clamp_scores,
-    compute_advantages,
-    merge_moments,
-    row_moments,
-)
+from gndpo_trl.objective.advantages import VARIANCE_EPSILON, clamp_scores, merge_moments, row_moments
 
 
 SCORE_CLIP = 5.0  # nats, the reference's
@@ -91,24 +85,3 @@ class Running:
 def tanh(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """A smooth clamp: `c tanh(score / c)` with the reference's c, an arm of PowerOPD's comparison (arXiv 2606.17199)."""
     return (SCORE_CLIP * torch.tanh(scores / SCORE_CLIP)).masked_fill(~mask, 0.0)
-
-
-def power(
-    teacher_logps: torch.Tensor,
-    student_logps: torch.Tensor,
-    mask: torch.Tensor,
-    exponent: float,
-    whitened: bool = False,
-) -> torch.Tensor:
-    """
-    PowerOPD's reward (arXiv 2606.17199): the difference of the two probabilities, each raised to `exponent`. It lies
-    between -1 and 1, and divided by the exponent goes to the score as that goes to 0.
-
-    Args:
-        teacher_logps, student_logps (`torch.Tensor` of shape `(B, T)`): Log-probs of the sampled tokens, in nats.
-        mask (`torch.Tensor` of shape `(B, T)`): True on valid tokens.
-        exponent (`float`): Positive; 1 compares the probabilities themselves.
-        whitened (`bool`): Whether to whiten the rewards over the batch, which PowerOPD does not.
-    """
-    rewards = ((exponent * teacher_logps).exp() - (exponent * student_logps).exp()).masked_fill(~mask, 0.0)
-    return compute_advantages(rewards, mask, score_clip=None)[0] if whitened else rewards
