@@ -68,6 +68,23 @@ def test_small_powers_give_the_plain_score():
     torch.testing.assert_close(found, token_scores(teacher, old, mask), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("power", [0.5, 1.0])
+def test_power_scores_lead_down_a_bregman_divergence(power):
+    torch.manual_seed(0)
+    logits = torch.randn(1, 9, dtype=torch.float64, requires_grad=True)
+    student, teacher = logits.log_softmax(-1), torch.randn(1, 9, dtype=torch.float64).log_softmax(-1)
+    scores = power_scores(teacher, student.detach(), torch.ones(1, 9), power)
+    expectation = (student.detach().exp() * scores * student).sum()  # over the student's samples
+    (found,) = torch.autograd.grad(expectation, logits, retain_graph=True)
+    p, q = student.exp(), teacher.exp()
+    divergence = ((p ** (1 + power) - q ** (1 + power)) / (1 + power) - q**power * (p - q)).sum()
+    (expected,) = torch.autograd.grad(-divergence, logits, retain_graph=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    if power == 1:
+        (expected,) = torch.autograd.grad(-(p - q).square().sum() / 2, logits)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("normalization", ["none", "global"])
 def test_a_run_compares_probabilities_and_logs_nats(make_trainer, checkpoints, normalization):
     options = {"score_power": 0.5, "score_clip": None, "score_discount": 0.5, "advantage_normalization": normalization}

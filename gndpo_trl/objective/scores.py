@@ -42,7 +42,9 @@ def power_scores(
         score = π_T^α - π_old^α
 
     They lie between -1 and 1, whatever the teacher is sure of, and are small where both find a token unlikely. Divided by α
-    they go to [`~advantages.token_scores`] as α goes to 0.
+    they go to [`~advantages.token_scores`] as α goes to 0. Where those lead down the reverse KL divergence, these lead down
+    the Bregman divergence of `Σ p^(1 + α)` (density power divergences: Basu et al., Biometrika 85, 1998), which for α = 1 is
+    the squared distance of the two distributions: both end where they are equal, but here unlikely tokens count for less.
 
     Args:
         teacher_logps (`torch.Tensor` of shape `(B, T)`): Log-probs of the sampled tokens under the teacher, in nats.
