@@ -1,6 +1,6 @@
 """
 The tables and figures of `docs/evidence.md`, from the rows of `arms.py`, `gradient_noise.py`, `moments.py` and
-`pretrained.py`.
+`pretrained.py`. Those of `arms_time.parquet` are rows of `arms.py` too, of runs that had the machine for themselves.
 
     python benchmarks/arms_report.py            # rewrites them in the document
     python benchmarks/arms_report.py --print    # prints the tables
@@ -29,6 +29,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 ROOT = Path(__file__).parents[1]
 RESAMPLES = 10_000
 REFERENCE = "global"
+PEER = "distillation"
 
 NO_ROWS = "No runs yet."
 
@@ -262,13 +263,30 @@ def moments_table(rows: pd.DataFrame) -> str:
 
 
 def of_demo(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows that figures show: the demo's task as the demo runs it."""
-    return rows[(rows["task"] == "digits") & (rows["regime"] == "demo")]
+    """The rows that figures show: the demo's task as the demo runs it, and arms that were run at all rates but one at most."""
+    rows = rows[(rows["task"] == "digits") & (rows["regime"] == "demo")]
+    rates = rows.groupby("arm")["learning_rate"].nunique()
+    return rows[rows["arm"].isin([*rates[rates >= rates.max() - 1].index, "student"])]
 
 
 def clamped_share(runs: pd.DataFrame) -> pd.Series:
     """Mean over the steps of each run; NaN for an arm that clamps nothing by its nature."""
     return runs["clamped"].map(lambda values: np.mean(values) if len(values) else np.nan)
+
+
+def time_table(rows: pd.DataFrame) -> str:
+    """Tasks by arms: what a step takes, as it is and beside TRL's `DistillationTrainer` on the same seeds."""
+    table = []
+    for task, part in rows.groupby("task", sort=False):
+        seconds = (part["train_seconds"] / part["steps"]).set_axis(pd.MultiIndex.from_frame(part[["arm", "seed"]]))
+        for arm in in_order(part["arm"]):
+            runs = part[part["arm"] == arm]
+            share = seconds[arm] / seconds[PEER]
+            cells = [show(runs["completion_length"].map(np.mean), tokens), show(seconds[arm], "{:.3f}".format)]
+            cells += ["–" if arm == PEER else show(share, "{:.2f}".format), show(runs["accuracy"], percent)]
+            table.append([task, arm, f"{runs['learning_rate'].iloc[0]:g}", *cells])
+    header = ["task", "arm", "rate", "sampled tokens of a completion", "seconds of a step", f"to {PEER}"]
+    return markdown([*header, "accuracy at the end, %"], table)
 
 
 def pretrained_tables(rows: pd.DataFrame) -> dict[str, str]:
@@ -394,6 +412,27 @@ def plot_cost(rows: pd.DataFrame, path: Path) -> None:
     plt.close(figure)
 
 
+def plot_time(rows: pd.DataFrame, students: pd.DataFrame, path: Path) -> None:
+    """
+    Accuracy against seconds of training, mean over seeds, without those of the evaluations; a panel for each task. What the
+    students begin with is in the rows of the arm "student".
+    """
+    figure, axes = plt.subplots(1, rows["task"].nunique(), figsize=(11, 4.5), squeeze=False, layout="constrained")
+    for axis, (task, part) in zip(axes[0], rows.groupby("task", sort=False), strict=True):
+        known = (students["arm"] == "student") & (students["task"] == task) & (students["regime"] == "demo")
+        start = students[known & students["seed"].isin(part["seed"])]["accuracy"].mean()
+        for arm in in_order(part["arm"]):
+            runs = part[part["arm"] == arm]
+            # The steps of a run are nearly equal; evaluations stand at the end of whole shares of them.
+            seconds = runs["train_seconds"].mean() * np.array(runs["eval_step"].iloc[0]) / runs["steps"].iloc[0]
+            accuracy = [start, *np.mean(list(runs["eval_accuracy"]), axis=0)]
+            axis.plot([0, *seconds], accuracy, marker="o", label=arm, markersize=3, **style(arm))
+        axis.set(title=task, xlabel="seconds of training", ylabel="accuracy")
+        axis.legend(fontsize=7, loc="lower right")
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
 def style(arm: str) -> dict:
     """Colour and dashes: the same for an arm in every figure, and no two alike."""
     return look(list(ARMS).index(arm))
@@ -417,9 +456,10 @@ def read_results(path: Path) -> pd.DataFrame:
     return rows.sort_values(list(order), kind="stable", key=lambda names: names.map(order[names.name].index))
 
 
-def all_tables(results: Path, noise: Path, moments: Path, pretrained: Path) -> dict[str, str]:
+def all_tables(results: Path, times: Path, noise: Path, moments: Path, pretrained: Path) -> dict[str, str]:
     return {
         **tables(read_results(results)),
+        "time": time_table(read_results(times)),
         **noise_tables(pd.read_parquet(noise)),
         "moments": moments_table(pd.read_parquet(moments)),
         **pretrained_tables(pd.read_parquet(pretrained)),
@@ -429,13 +469,14 @@ def all_tables(results: Path, noise: Path, moments: Path, pretrained: Path) -> d
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "arms.parquet")
+    parser.add_argument("--times", type=Path, default=ROOT / "benchmarks" / "arms_time.parquet")
     parser.add_argument("--noise", type=Path, default=ROOT / "benchmarks" / "gradient_noise.parquet")
     parser.add_argument("--moments", type=Path, default=ROOT / "benchmarks" / "moments.parquet")
     parser.add_argument("--pretrained", type=Path, default=ROOT / "benchmarks" / "pretrained.parquet")
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "evidence.md")
     parser.add_argument("--print", action="store_true", help="print the tables and write nothing")
     args = parser.parse_args()
-    new = all_tables(args.results, args.noise, args.moments, args.pretrained)
+    new = all_tables(args.results, args.times, args.noise, args.moments, args.pretrained)
     if args.print:
         print("\n\n".join(f"{name}\n\n{table}" for name, table in new.items()))
         return
@@ -444,6 +485,7 @@ def main() -> None:
     plot_accuracy(rows, args.document.parent / "evidence_accuracy.png")
     plot_gradient_norms(rows, args.document.parent / "evidence_gradient_norm.png")
     plot_cost(rows, args.document.parent / "evidence_cost.png")
+    plot_time(read_results(args.times), rows, args.document.parent / "evidence_time.png")
     print(f"Rewritten: {args.document} and its figures, from {len(rows)} rows")
 
 

@@ -469,6 +469,14 @@ def test_figures_are_drawn_of_the_demo_alone(tmp_path):
         assert (tmp_path / "alone.png").read_bytes() == (tmp_path / "among.png").read_bytes()
 
 
+def test_figures_leave_out_arms_of_few_rates():
+    rates = {("global", rate): [0.5] for rate in (1e-4, 2e-4, 4e-4)} | {
+        ("sequence", rate): [0.5] for rate in (1e-4, 4e-4)
+    }
+    rows = rows_of({**rates, ("group", 1e-4): [0.5], ("student", 0.0): [0.5]})
+    assert set(arms_report.of_demo(rows)["arm"]) == {"global", "sequence", "student"}
+
+
 def test_the_range_of_an_arm_ends_where_it_breaks():
     rows = rows_of({("none", 1e-4): [0.9], ("none", 2e-4): [0.7], ("none", 4e-4): [0.88], ("none", 8e-4): [0.9]})
     assert "| none | 0.0001 |" in arms_report.best_rates(rows)  # the first of two equal ones
@@ -481,6 +489,19 @@ def test_tables_of_a_document_are_replaced_and_nothing_else():
     new = arms_report.replace_tables(text, {"a": "| A |", "b": "| B |"})
     assert new == "before\n<!-- a -->\n| A |\n<!-- end -->\nbetween\n<!-- b -->\n| B |\n<!-- end -->\nafter"
     assert arms_report.replace_tables(new, {"a": "| A |", "b": "| B |"}) == new
+
+
+def test_seconds_are_those_of_a_step_and_beside_the_peer_of_the_same_seed(tmp_path):
+    rows = rows_of({("global", 1e-3): [0.6, 0.8], ("distillation", 1e-3): [0.5, 0.7]})
+    rows["train_seconds"] = [3.0, 6.0, 6.0, 6.0]
+    header, _, ours, peer = arms_report.time_table(rows).splitlines()
+    assert header.endswith("| to distillation | accuracy at the end, % |")
+    assert ours.startswith("| digits | global | 0.001 | 21.0 ") and ours.endswith("| 70.0 [60.0, 80.0] (n=2) |")
+    assert "| 1.500 [1.000, 2.000] (n=2) | 0.75 [0.50, 1.00] (n=2) |" in ours
+    assert "| 2.000 [2.000, 2.000] (n=2) | – |" in peer
+    both = pd.concat([rows, rows.assign(task="chain")])
+    arms_report.plot_time(both, both.assign(arm="student"), tmp_path / "time.png")
+    assert (tmp_path / "time.png").stat().st_size > 0
 
 
 def test_tables_of_the_pretrained_pair():
@@ -510,5 +531,6 @@ def test_tables_of_the_pretrained_pair():
 
 def test_the_document_holds_the_tables_of_the_committed_rows():
     text = (arms.ROOT / "docs" / "evidence.md").read_text()
-    committed = [module.RESULTS for module in (arms, gradient_noise, moments, pretrained)]
+    results, *others = (module.RESULTS for module in (arms, gradient_noise, moments, pretrained))
+    committed = (results, arms.ROOT / "benchmarks" / "arms_time.parquet", *others)
     assert arms_report.replace_tables(text, arms_report.all_tables(*committed)) == text
