@@ -18,6 +18,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 from arm_cells import ARMS, REGIMES, TASKS
+from matplotlib.axes import Axes
 
 from gndpo_trl.report.figures import look
 
@@ -27,6 +28,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 
 ROOT = Path(__file__).parents[1]
+TIMES = ROOT / "benchmarks" / "arms_time.parquet"
 RESAMPLES = 10_000
 REFERENCE = "global"
 PEER = "distillation"
@@ -403,9 +405,7 @@ def plot_cost(rows: pd.DataFrame, path: Path) -> None:
                 completions * np.cumsum(lengths)[np.array(steps) - 1]
                 for lengths, steps in zip(runs["completion_length"], runs["eval_step"], strict=True)
             ]
-            accuracy = [start, *np.mean(list(runs["eval_accuracy"]), axis=0)]
-            label = f"{arm}, {runs['learning_rate'].iloc[0]:g}"
-            axis.plot([0, *np.mean(sampled, axis=0)], accuracy, marker="o", label=label, markersize=3, **style(arm))
+            draw_accuracy(axis, np.mean(sampled, axis=0), start, runs, f"{arm}, {runs['learning_rate'].iloc[0]:g}")
     axis.set(xlabel="sampled tokens", ylabel="accuracy")
     axis.legend(fontsize=7, loc="lower right", title="arm, its best learning rate", title_fontsize=7)
     figure.savefig(path, dpi=80)
@@ -425,12 +425,17 @@ def plot_time(rows: pd.DataFrame, students: pd.DataFrame, path: Path) -> None:
             runs = part[part["arm"] == arm]
             # The steps of a run are nearly equal; evaluations stand at the end of whole shares of them.
             seconds = runs["train_seconds"].mean() * np.array(runs["eval_step"].iloc[0]) / runs["steps"].iloc[0]
-            accuracy = [start, *np.mean(list(runs["eval_accuracy"]), axis=0)]
-            axis.plot([0, *seconds], accuracy, marker="o", label=arm, markersize=3, **style(arm))
+            draw_accuracy(axis, seconds, start, runs, arm)
         axis.set(title=task, xlabel="seconds of training", ylabel="accuracy")
         axis.legend(fontsize=7, loc="lower right")
     figure.savefig(path, dpi=80)
     plt.close(figure)
+
+
+def draw_accuracy(axis: Axes, cost: np.ndarray, start: float, runs: pd.DataFrame, label: str) -> None:
+    """A line of the accuracy of the runs of an arm, mean over seeds, from `start` on; `cost` is that of each evaluation."""
+    accuracy = [start, *np.mean(list(runs["eval_accuracy"]), axis=0)]
+    axis.plot([0, *cost], accuracy, marker="o", label=label, markersize=3, **style(runs["arm"].iloc[0]))
 
 
 def style(arm: str) -> dict:
@@ -469,7 +474,7 @@ def all_tables(results: Path, times: Path, noise: Path, moments: Path, pretraine
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "arms.parquet")
-    parser.add_argument("--times", type=Path, default=ROOT / "benchmarks" / "arms_time.parquet")
+    parser.add_argument("--times", type=Path, default=TIMES)
     parser.add_argument("--noise", type=Path, default=ROOT / "benchmarks" / "gradient_noise.parquet")
     parser.add_argument("--moments", type=Path, default=ROOT / "benchmarks" / "moments.parquet")
     parser.add_argument("--pretrained", type=Path, default=ROOT / "benchmarks" / "pretrained.parquet")

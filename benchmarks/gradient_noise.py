@@ -110,13 +110,7 @@ SAMPLED = {
     "sequence": whitened(normalization="sequence"),
     "expected": expected("global"),
     "expected-sequence": expected("sequence"),
-    **{
-        name: transform(name)
-        for name in (
-            *("scale", "center", "scale-sequence", "center-sequence"),
-            *("robust", "tanh"),
-        )
-    },
+    **{name: transform(name) for name in ("scale", "center", "scale-sequence", "center-sequence", "robust", "tanh")},
     "power-0.5": power(0.5),
     "power-1": power(1.0),
 }

@@ -143,9 +143,12 @@ def check_handful(history: History, args: GNDPOConfig) -> str | None:
     share, count = latest(history, "advantages/share_top_1_percent"), latest(history, "advantages/num_tokens")
     if share is None or share <= HANDFUL_SHARE or count < HANDFUL_TOKENS:
         return None
-    clamp = "set `score_clip` to 5.0; " if args.score_clip is None else f"lower `score_clip` ({args.score_clip}); "
     if args.score_power != 0:
         clamp = ""  # scores are bounded already
+    elif args.score_clip is None:
+        clamp = "set `score_clip` to 5.0; "
+    else:
+        clamp = f"lower `score_clip` ({args.score_clip}); "
     return (
         f"One token in a hundred has {share:.0%} of the sum of absolute advantages, so that the gradient is that of a "
         f"handful of tokens, and noisy. Look at which they are; {clamp}have more prompts in a generation batch "

@@ -532,5 +532,5 @@ def test_tables_of_the_pretrained_pair():
 def test_the_document_holds_the_tables_of_the_committed_rows():
     text = (arms.ROOT / "docs" / "evidence.md").read_text()
     results, *others = (module.RESULTS for module in (arms, gradient_noise, moments, pretrained))
-    committed = (results, arms.ROOT / "benchmarks" / "arms_time.parquet", *others)
+    committed = (results, arms_report.TIMES, *others)
     assert arms_report.replace_tables(text, arms_report.all_tables(*committed)) == text
