@@ -31,10 +31,10 @@ from .objective.distributions import Comparison
 from .objective.mixture import mix_advantages
 from .objective.scores import discounted_scores, extrapolated_scores, power_scores
 from .run_warnings import RunWarnings
-from .teacher_arguments import Student, get_reference, get_teacher
 from .teacher_logs import TeacherLogsMixin
 from .teachers import Teacher
 from .teachers.compatibility import describe
+from .teachers.from_config import Student, get_reference, get_teacher
 from .teachers.prompt_fn import Completion, TeacherPromptFn, group_completions, write_prompts
 from .teachers.prompts import TeacherPrompts
 from .token_view.mixin import TokenViewMixin

@@ -7,6 +7,8 @@ import pytest
 import tiny_models
 import torch
 from datasets import Dataset
+from helpers import canned, reward
+from trl import GRPOConfig
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
 
@@ -119,3 +121,26 @@ def make_trainer(make_config, checkpoints, text_dataset, image_dataset):
         )
 
     return make
+
+
+@pytest.fixture
+def make(make_config, checkpoints, text_dataset):
+    """A trainer of any class, with rewards, on canned completions of heavy-tailed lengths."""
+
+    def build(trainer_class: type, config_class: type = GRPOConfig, model=None, trainer_options=None, **options):
+        trainer_options = {"rollout_func": canned, "reward_funcs": reward, **(trainer_options or {})}
+        defaults = {
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 4,
+            "max_completion_length": 24,
+            "max_steps": 1,
+            "loss_type": "grpo",
+        }
+        return trainer_class(
+            model=model or checkpoints["qwen3-student"],
+            args=make_config(config_class, **{**defaults, **options}),
+            train_dataset=text_dataset,
+            **trainer_options,
+        )
+
+    return build

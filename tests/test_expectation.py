@@ -5,8 +5,8 @@ import copy
 import pytest
 import tiny_models
 import torch
+from helpers import gradients, make_rollout
 from peft import LoraConfig
-from test_trainer import gradients, make_rollout
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from trl import DistillationConfig, DistillationTrainer
 

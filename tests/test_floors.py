@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers import LENGTHS, assert_same_gradients, gradients, reward
 from peft import LoraConfig
 from transformers import Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
@@ -18,63 +19,8 @@ from gndpo_trl.grpo.sampling import SamplingMixin
 from gndpo_trl.gspo import GSPOConfig, GSPOTrainer
 
 
-LENGTHS = [24, 3, 2, 1, 2, 9, 1, 5]
-COMPLETIONS = [[11 + (7 * row + 3 * token) % 20 for token in range(length)] for row, length in enumerate(LENGTHS)]
-
-
 def alone(mixin: type) -> type:
     return type(f"{mixin.__name__}Alone", (mixin, GRPOTrainer), {})
-
-
-def reward(completion_ids, **kwargs):
-    return [float(sum(ids) % 7) for ids in completion_ids]
-
-
-def canned(prompts, trainer):
-    prompt_ids, _, _ = trainer._tokenize_prompts(prompts)
-    return {"prompt_ids": prompt_ids, "completion_ids": COMPLETIONS, "logprobs": [[0.0] * n for n in LENGTHS]}
-
-
-@pytest.fixture
-def make(make_config, checkpoints, text_dataset):
-    """A trainer of any class, with rewards, on canned completions of heavy-tailed lengths."""
-
-    def build(trainer_class: type, config_class: type = GRPOConfig, model=None, trainer_options=None, **options):
-        trainer_options = {"rollout_func": canned, "reward_funcs": reward, **(trainer_options or {})}
-        defaults = {
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 4,
-            "max_completion_length": 24,
-            "max_steps": 1,
-            "loss_type": "grpo",
-        }
-        return trainer_class(
-            model=model or checkpoints["qwen3-student"],
-            args=make_config(config_class, **{**defaults, **options}),
-            train_dataset=text_dataset,
-            **trainer_options,
-        )
-
-    return build
-
-
-def gradients(trainer: GRPOTrainer) -> dict[str, torch.Tensor]:
-    caught = {}
-
-    def catch(optimizer, args, kwargs):
-        for name, parameter in trainer.model.named_parameters():
-            caught.setdefault(name, parameter.grad.clone())
-
-    trainer.create_optimizer()
-    trainer.optimizer.register_step_pre_hook(catch)
-    trainer.train()
-    return caught
-
-
-def assert_same_gradients(found: dict, expected: dict) -> None:
-    assert max(gradient.abs().max() for gradient in expected.values()) > 1e-2
-    for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
 def padded_tokens(trainer: GRPOTrainer) -> list[int]:

@@ -8,8 +8,8 @@ from urllib.parse import unquote
 
 import numpy as np
 import pytest
+from helpers import CHROMIUM
 from PIL import Image
-from test_token_page import CHROMIUM
 from transformers import TrainerState
 
 from gndpo_trl.report.command import main, write_report

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from test_floors import canned, gradients, make, reward  # noqa: F401
-from test_trainer import make_rollout
+from helpers import canned, gradients, make_rollout, reward
 from trl import GRPOTrainer
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from helpers import make_rollout, plain_logps
 from safetensors.torch import load_file
-from test_trainer import make_rollout, plain_logps
 from transformers import AutoModelForImageTextToText, Qwen3ForCausalLM
 
 from gndpo_trl.grpo.rollouts import valid_tokens

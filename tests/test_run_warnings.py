@@ -1,12 +1,10 @@
 """Warnings about a run: each on a run that gives cause for it and on one that does not."""
 
-import math
-import time
 import warnings
 from collections import Counter
 
 import pytest
-import torch
+from helpers import NUM_TOKENS, Table
 from transformers import TrainerControl, TrainerState
 
 from gndpo_trl.run_warnings import (
@@ -18,7 +16,6 @@ from gndpo_trl.run_warnings import (
     first_and_latest,
     latest,
 )
-from gndpo_trl.teachers import Teacher
 
 
 SIGNS = {
@@ -31,21 +28,6 @@ SIGNS = {
     "drift": "the two drift apart",
 }
 END = 2  # the tiny tokenizers' end token
-NUM_TOKENS = 60  # and more than they have
-
-
-class Table(Teacher):
-    """Finds a token as likely as a table says, wherever it stands."""
-
-    def __init__(self, seconds: float = 0.0, **logps: float):
-        self.logps = torch.full((NUM_TOKENS,), -math.log(NUM_TOKENS))
-        for token, logp in logps.items():
-            self.logps[int(token.removeprefix("token_"))] = logp
-        self.seconds = seconds
-
-    def per_token_logps(self, rollout):
-        time.sleep(self.seconds)
-        return self.logps[rollout["completion_ids"]]
 
 
 def canned(completion_of):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+from helpers import gradients, make_rollout, plain_logps
 from peft import LoraConfig
-from test_trainer import gradients, make_rollout, plain_logps
 from transformers import Qwen3ForCausalLM
 
 from gndpo_trl.grpo.rollouts import valid_tokens

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_trainer import gradients, make_rollout
+from helpers import gradients, make_rollout
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, Qwen3ForCausalLM
 
 from gndpo_trl.grpo.rollouts import valid_tokens

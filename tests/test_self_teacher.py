@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from helpers import make_rollout, plain_logps
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from test_trainer import make_rollout, plain_logps
 from transformers import Qwen3ForCausalLM, TrainerCallback
 
 from gndpo_trl.teachers import LocalTeacher, SelfTeacher

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from helpers import make_rollout
 from stand_in_server import StandInServer, unknown
-from test_trainer import make_rollout
 from transformers import AutoTokenizer, TrainerCallback
 
 from gndpo_trl.grpo.checkpoints import RunCannotGoOn

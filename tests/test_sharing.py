@@ -5,10 +5,9 @@ from itertools import combinations
 
 import pytest
 import torch
+from helpers import assert_same_gradients, gradients, make_rollout
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_floors import assert_same_gradients, gradients
-from test_trainer import make_rollout
 from transformers import AutoModelForCausalLM
 
 from gndpo_trl.grpo.branch_attention import IMPLEMENTATION

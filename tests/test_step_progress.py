@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from test_run_warnings import Table
+from helpers import Table
 
 from gndpo_trl.grpo import step_progress
 from gndpo_trl.grpo.step_progress import GENERATING, LEARNING, StepLine

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from test_trainer import make_rollout, plain_logps
+from helpers import make_rollout, plain_logps
 from transformers import Qwen3ForCausalLM
 
 from gndpo_trl.teachers import SelfTeacher

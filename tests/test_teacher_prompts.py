@@ -4,7 +4,7 @@ import pytest
 import tiny_models
 import torch
 from datasets import Dataset, IterableDataset
-from test_trainer import make_rollout, plain_logps
+from helpers import make_rollout, plain_logps
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, Qwen3ForCausalLM
 
 from gndpo_trl.grpo.trl_hooks import MULTIMODAL_KEYS

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from helpers import gradients, make_rollout
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_trainer import gradients, make_rollout
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 from trl.trainer.utils import _ChunkedLogProbFunction
 

@@ -1,18 +1,16 @@
 """The page of the token view, opened in a headless Chromium."""
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
+from helpers import CHROMIUM, make_row
 from PIL import Image
-from test_token_view import make_row
 
 from gndpo_trl.token_view.colours import colour
 from gndpo_trl.token_view.page import write_page
 
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium: install Debian's package `chromium`")
 
 NASTY = "</script><script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'><!--"

@@ -13,33 +13,18 @@ import pyarrow.parquet as pq
 import pytest
 import tiny_models
 import torch
+from helpers import make_row, plain_logps
 from PIL import Image
 from rich.console import Console
-from test_trainer import plain_logps
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
 from gndpo_trl.grpo.rollouts import valid_tokens
 from gndpo_trl.token_view.page import page_data, write_page
-from gndpo_trl.token_view.rows import TokenRow, extreme_tokens, rows_of, score_scale
+from gndpo_trl.token_view.rows import extreme_tokens, rows_of, score_scale
 from gndpo_trl.token_view.table import report_table, write_parquet
 from gndpo_trl.token_view.terminal import print_rows
 from gndpo_trl.token_view.token_text import TokenTexts
-
-
-def make_row(tokens: list[str], scores: list[float], clip: float = 5.0, **options) -> TokenRow:
-    scores = np.array(scores, dtype=np.float32)
-    return TokenRow(
-        rank=0,
-        prompt_ids=np.zeros(0, dtype=np.int64),
-        completion_ids=np.arange(len(tokens)),
-        scores=scores,
-        clamped=np.abs(scores) > clip,
-        teacher_logps=np.where(np.isnan(scores), np.nan, scores - 1).astype(np.float32),
-        student_logps=np.where(np.isnan(scores), np.nan, -1).astype(np.float32),
-        advantages=np.nan_to_num(scores / 2),
-        **{"tokens": tokens, "prompt": "what ?", **options},
-    )
 
 
 def train_and_catch(trainer) -> list[dict]:

@@ -10,6 +10,7 @@ import pytest
 import tiny_models
 import torch
 from datasets import IterableDataset
+from helpers import gradients, make_rollout, plain_logps
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig, Qwen3ForCausalLM
@@ -18,43 +19,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from gndpo_trl import GNDPOTrainer
 from gndpo_trl.grpo.rollouts import valid_tokens
-from gndpo_trl.grpo.trl_hooks import MULTIMODAL_KEYS
 from gndpo_trl.objective.advantages import compute_advantages
-
-
-def make_rollout(trainer: GNDPOTrainer, count: int = 8) -> dict:
-    """One training generation batch, as `train` would make it."""
-    trainer.model.train()
-    rows = [trainer.train_dataset[index // 2] for index in range(count)]
-    return trainer._generate_and_score_completions(rows)
-
-
-def plain_logps(model, rollout: dict) -> torch.Tensor:
-    """Log-probs of the completion tokens from an ordinary forward pass with full logits."""
-    names = [key for key in MULTIMODAL_KEYS if key in rollout and key not in ("num_images", "num_tiles")]
-    input_ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1)
-    attention_mask = torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], dim=1)
-    with torch.no_grad():
-        logits = model(
-            input_ids=input_ids, attention_mask=attention_mask, **{name: rollout[name] for name in names}
-        ).logits
-    logps = logits[:, :-1].log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
-    return logps[:, -rollout["completion_ids"].size(1) :]
-
-
-def gradients(trainer: GNDPOTrainer) -> dict[str, torch.Tensor]:
-    """Gradients of the first optimizer step, caught before the optimizer uses them."""
-    caught = {}
-
-    def catch(optimizer, args, kwargs):
-        for name, parameter in trainer.model.named_parameters():
-            if parameter.grad is not None:
-                caught.setdefault(name, parameter.grad.clone())
-
-    trainer.create_optimizer()
-    trainer.optimizer.register_step_pre_hook(catch)
-    trainer.train()
-    return caught
 
 
 # What it computes

@@ -1,7 +1,7 @@
 """Dropping the padding and grouping rows by length leaves the gradient of every loss as it is."""
 
 import pytest
-from test_numbers import COMPLETIONS
+from helpers import SPREAD_COMPLETIONS
 
 
 ALWAYS_SHUFFLED = (
@@ -20,7 +20,7 @@ def test_gradients_are_those_of_padded_micro_batches(launch, accelerate_config, 
         family,
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": steps},
         task="losses",
-        completions=COMPLETIONS,
+        completions=SPREAD_COMPLETIONS,
     )
     assert run.returncode == 0, run.output
     assert len(run.reports) == (1 if accelerate_config is None else 2)

@@ -2,37 +2,36 @@
 
 import pytest
 import torch
+from helpers import SPREAD_COMPLETIONS
 from safetensors.torch import load_file
 
 
 END = 2  # <|im_end|>, the tiny tokenizers' end token
-LENGTHS = [2, 9, 3, 12, 1, 4, 20, 6]
-COMPLETIONS = [[11 + (7 * row + 3 * token) % 20 for token in range(length)] for row, length in enumerate(LENGTHS)]
 # The first process's completions end, and the second one's are all truncated.
-HALF_ENDED = [ids + [END] if row < 4 else ids for row, ids in enumerate(COMPLETIONS)]
+HALF_ENDED = [ids + [END] if row < 4 else ids for row, ids in enumerate(SPREAD_COMPLETIONS)]
 
 CASES = {
-    "text": {"completions": COMPLETIONS},
+    "text": {"completions": SPREAD_COMPLETIONS},
     "one rank masked": {"completions": HALF_ENDED, "config": {"mask_truncated_completions": True}},
-    "images": {"completions": COMPLETIONS, "family": "internvl"},
+    "images": {"completions": SPREAD_COMPLETIONS, "family": "internvl"},
     # The two processes' own lengths would need different numbers of forward passes.
-    "token budget": {"completions": COMPLETIONS, "config": {"scoring_token_budget": 30}},
+    "token budget": {"completions": SPREAD_COMPLETIONS, "config": {"scoring_token_budget": 30}},
     # The first teacher has three rows of the first process and none of the second.
-    "routed": {"completions": COMPLETIONS, "routed": True, "family": "internvl"},
+    "routed": {"completions": SPREAD_COMPLETIONS, "routed": True, "family": "internvl"},
     "routed apart": {
-        "completions": COMPLETIONS,
+        "completions": SPREAD_COMPLETIONS,
         "routed": True,
         "config": {"advantage_normalization": "teacher"},
     },
-    "own prompts": {"completions": COMPLETIONS, "family": "internvl", "own_prompts": True},
-    "teacher offloaded": {"completions": COMPLETIONS, "config": {"teacher_offload": True}},
-    "baseline": {"completions": COMPLETIONS, "config": {"score_baseline": "expected"}},
-    "exact": {"completions": COMPLETIONS, "config": {"estimator": "exact"}},
+    "own prompts": {"completions": SPREAD_COMPLETIONS, "family": "internvl", "own_prompts": True},
+    "teacher offloaded": {"completions": SPREAD_COMPLETIONS, "config": {"teacher_offload": True}},
+    "baseline": {"completions": SPREAD_COMPLETIONS, "config": {"score_baseline": "expected"}},
+    "exact": {"completions": SPREAD_COMPLETIONS, "config": {"estimator": "exact"}},
     "exact, one rank masked": {
         "completions": HALF_ENDED,
         "config": {"estimator": "exact", "mask_truncated_completions": True},
     },
-    "exact, images": {"completions": COMPLETIONS, "family": "internvl", "config": {"estimator": "exact"}},
+    "exact, images": {"completions": SPREAD_COMPLETIONS, "family": "internvl", "config": {"estimator": "exact"}},
 }
 
 
@@ -140,7 +139,7 @@ def test_a_function_sees_groups_that_are_split_over_processes(launch, checkpoint
 
     def run(accelerate_config: str | None, batch_size: int):
         config = {"num_generations": 2, "per_device_train_batch_size": batch_size}
-        run = launch(accelerate_config, "qwen3", config, completions=COMPLETIONS[:3], prompt_fn=True)
+        run = launch(accelerate_config, "qwen3", config, completions=SPREAD_COMPLETIONS[:3], prompt_fn=True)
         assert run.returncode == 0, run.output
         return run
 
@@ -181,7 +180,7 @@ def run_self_taught(launch, accelerate_config: str | None, accumulation: int, **
     options = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": accumulation}
     saving = {"save_strategy": "steps", "save_steps": 2}
     config = {**SELF_TAUGHT, **saving, **options, **spec.pop("config", {})}
-    options = {"teacher": "self", "completions": COMPLETIONS, "own_prompts": True, **spec}
+    options = {"teacher": "self", "completions": SPREAD_COMPLETIONS, "own_prompts": True, **spec}
     run = launch(accelerate_config, "qwen3", config, fsdp=accelerate_config == "fsdp2", **options)
     assert run.returncode == 0, run.output
     return run

@@ -3,8 +3,8 @@
 import pytest
 import tiny_models
 import torch
+from helpers import SPREAD_COMPLETIONS
 from safetensors.torch import load_file
-from test_numbers import COMPLETIONS
 from transformers import MistralConfig, MistralForCausalLM
 
 
@@ -33,7 +33,7 @@ def test_gradients_are_those_of_separate_rows(launch, checkpoints, accelerate_co
                 "gradient_checkpointing": True,
                 "share_prompts": share_prompts,
             },
-            completions=COMPLETIONS,
+            completions=SPREAD_COMPLETIONS,
             fsdp=accelerate_config == "fsdp2",
         )
         assert runs[share_prompts].returncode == 0, runs[share_prompts].output
@@ -56,7 +56,7 @@ def test_gradients_are_those_of_separate_rows(launch, checkpoints, accelerate_co
 @pytest.mark.parametrize("accelerate_config", ["zero3"])
 def test_one_process_that_cannot_share_keeps_all_from_it(launch, accelerate_config):
     config = {"num_generations": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
-    run = launch(accelerate_config, "qwen3", config, completions=COMPLETIONS, fail="sharing")
+    run = launch(accelerate_config, "qwen3", config, completions=SPREAD_COMPLETIONS, fail="sharing")
     assert run.returncode == 0, run.output
     first, last = (set(report["reasons_against_sharing"]) for report in run.reports)
     assert first == {"another process found a reason"} and last == {"it is told not to"}
@@ -70,7 +70,7 @@ def test_a_model_that_is_found_out_in_its_forward_pass_trains_on_separate_rows(l
     config = MistralConfig(**tiny_models.text_options(tokenizer, 32, None), **options)
     student = tiny_models.save(MistralForCausalLM(config), tokenizer, tmp_path)
     config = {"num_generations": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
-    run = launch(accelerate_config, "qwen3", config, completions=COMPLETIONS, model=student)
+    run = launch(accelerate_config, "qwen3", config, completions=SPREAD_COMPLETIONS, model=student)
     assert run.returncode == 0, run.output
     assert (
         "MistralForCausalLM computes a prompt once for each of its completions: it uses `sliding_window`" in run.output

@@ -2,7 +2,7 @@
 
 import pyarrow.parquet as pq
 import pytest
-from test_numbers import COMPLETIONS
+from helpers import SPREAD_COMPLETIONS
 
 
 @pytest.mark.parametrize(
@@ -16,14 +16,14 @@ def test_the_rows_of_all_processes_are_written_once(launch, accelerate_config, f
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
     }
-    run = launch(accelerate_config, family, config, completions=COMPLETIONS, fsdp=accelerate_config == "fsdp2")
+    run = launch(accelerate_config, family, config, completions=SPREAD_COMPLETIONS, fsdp=accelerate_config == "fsdp2")
     assert run.returncode == 0, run.output
     (path,) = (run.folder / "out" / "token_scores").glob("*.parquet")
     assert path.stem == "train_00001" and path.with_suffix(".html").exists()
     assert run.output.count("Tokens of step 1, train") == 1
     rows = pq.read_table(path).to_pylist()
     assert [row["rank"] for row in rows] == [0] * 4 + [1] * 4
-    assert sorted(row["token_ids"] for row in rows) == sorted(COMPLETIONS)
+    assert sorted(row["token_ids"] for row in rows) == sorted(SPREAD_COMPLETIONS)
     for row in rows:
         word = row["prompt"].split(" ?")[0].split()[-1]
         advantages = run.reports[row["rank"]]["advantages"][word]

@@ -12,7 +12,7 @@ import pytest
 import requests
 import torch
 from fastapi.responses import JSONResponse
-from test_trainer import make_rollout
+from helpers import make_rollout
 from transformers import TrainerCallback
 from vllm.entrypoints.generate.base.serving import clamp_prompt_logprobs
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response

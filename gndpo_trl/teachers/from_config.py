@@ -8,8 +8,12 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from .config import GNDPOConfig
-from .teachers import InitialStudent, LocalTeacher, RoutedTeacher, SelfTeacher, ServerTeacher, Teacher
+from ..config import GNDPOConfig
+from .local import LocalTeacher
+from .routed import RoutedTeacher
+from .self_teacher import InitialStudent, SelfTeacher
+from .server import ServerTeacher
+from .teacher import Teacher
 
 
 @dataclass

@@ -1,0 +1,109 @@
+"""What several test files share: rollouts, plain log-probs, gradients, canned completions, rows of the token view."""
+
+import math
+import shutil
+import time
+
+import numpy as np
+import torch
+from trl import GRPOTrainer
+
+from gndpo_trl import GNDPOTrainer
+from gndpo_trl.grpo.trl_hooks import MULTIMODAL_KEYS
+from gndpo_trl.teachers import Teacher
+from gndpo_trl.token_view.rows import TokenRow
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+NUM_TOKENS = 60  # and more than the tiny tokenizers have
+
+# Lengths of canned completions: with a heavy tail, and such that several processes have about as many tokens.
+LENGTHS = [24, 3, 2, 1, 2, 9, 1, 5]
+SPREAD_LENGTHS = [2, 9, 3, 12, 1, 4, 20, 6]
+
+
+def completions_of(lengths: list[int]) -> list[list[int]]:
+    return [[11 + (7 * row + 3 * token) % 20 for token in range(length)] for row, length in enumerate(lengths)]
+
+
+COMPLETIONS, SPREAD_COMPLETIONS = completions_of(LENGTHS), completions_of(SPREAD_LENGTHS)
+
+
+def make_rollout(trainer: GNDPOTrainer, count: int = 8) -> dict:
+    """One training generation batch, as `train` would make it."""
+    trainer.model.train()
+    rows = [trainer.train_dataset[index // 2] for index in range(count)]
+    return trainer._generate_and_score_completions(rows)
+
+
+def plain_logps(model, rollout: dict) -> torch.Tensor:
+    """Log-probs of the completion tokens from an ordinary forward pass with full logits."""
+    names = [key for key in MULTIMODAL_KEYS if key in rollout and key not in ("num_images", "num_tiles")]
+    input_ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1)
+    attention_mask = torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], dim=1)
+    with torch.no_grad():
+        logits = model(
+            input_ids=input_ids, attention_mask=attention_mask, **{name: rollout[name] for name in names}
+        ).logits
+    logps = logits[:, :-1].log_softmax(-1).gather(-1, input_ids[:, 1:, None]).squeeze(-1)
+    return logps[:, -rollout["completion_ids"].size(1) :]
+
+
+def gradients(trainer: GRPOTrainer) -> dict[str, torch.Tensor]:
+    """Gradients of the first optimizer step, caught before the optimizer uses them."""
+    caught = {}
+
+    def catch(optimizer, args, kwargs):
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.grad is not None:
+                caught.setdefault(name, parameter.grad.clone())
+
+    trainer.create_optimizer()
+    trainer.optimizer.register_step_pre_hook(catch)
+    trainer.train()
+    return caught
+
+
+def assert_same_gradients(found: dict, expected: dict) -> None:
+    assert max(gradient.abs().max() for gradient in expected.values()) > 1e-2
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def reward(completion_ids, **kwargs):
+    return [float(sum(ids) % 7) for ids in completion_ids]
+
+
+def canned(prompts, trainer):
+    prompt_ids, _, _ = trainer._tokenize_prompts(prompts)
+    return {"prompt_ids": prompt_ids, "completion_ids": COMPLETIONS, "logprobs": [[0.0] * n for n in LENGTHS]}
+
+
+class Table(Teacher):
+    """Finds a token as likely as a table says, wherever it stands."""
+
+    def __init__(self, seconds: float = 0.0, **logps: float):
+        self.logps = torch.full((NUM_TOKENS,), -math.log(NUM_TOKENS))
+        for token, logp in logps.items():
+            self.logps[int(token.removeprefix("token_"))] = logp
+        self.seconds = seconds
+
+    def per_token_logps(self, rollout):
+        time.sleep(self.seconds)
+        return self.logps[rollout["completion_ids"]]
+
+
+def make_row(tokens: list[str], scores: list[float], clip: float = 5.0, **options) -> TokenRow:
+    scores = np.array(scores, dtype=np.float32)
+    return TokenRow(
+        rank=0,
+        prompt_ids=np.zeros(0, dtype=np.int64),
+        completion_ids=np.arange(len(tokens)),
+        scores=scores,
+        clamped=np.abs(scores) > clip,
+        teacher_logps=np.where(np.isnan(scores), np.nan, scores - 1).astype(np.float32),
+        student_logps=np.where(np.isnan(scores), np.nan, -1).astype(np.float32),
+        advantages=np.nan_to_num(scores / 2),
+        **{"tokens": tokens, "prompt": "what ?", **options},
+    )
