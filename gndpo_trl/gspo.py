@@ -5,8 +5,9 @@ from dataclasses import dataclass, field
 from transformers.trainer_utils import SchedulerType
 
 from .grpo.config import ExtendedGRPOConfig
+from .grpo.loss_seam import LossSeamMixin
 from .grpo.trainer import ExtendedGRPOTrainer
-from .grpo.vllm import LossWatchMixin
+from .grpo.vllm import SamplerWatch
 
 
 @dataclass
@@ -75,10 +76,14 @@ class GSPOConfig(ExtendedGRPOConfig):
     )
 
 
-class GSPOTrainer(LossWatchMixin, ExtendedGRPOTrainer):
+class GSPOTrainer(LossSeamMixin, ExtendedGRPOTrainer):
     """
     [`~trl.GRPOTrainer`] for the comparison with [`GNDPOTrainer`], on the same floors: forward passes over real tokens,
     checkpoints that a run goes on from exactly, the same validation, the same checks of the data.
 
     All arguments are those of [`~trl.GRPOTrainer`]; `args` is a [`GSPOConfig`].
     """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.surrogate = SamplerWatch(self._watch_sampling_logps)

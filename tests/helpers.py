@@ -9,7 +9,10 @@ import torch
 from trl import GRPOTrainer
 
 from gndpo_trl import GNDPOTrainer
+from gndpo_trl.estimators import Reading, Sampled
 from gndpo_trl.grpo.trl_hooks import MULTIMODAL_KEYS
+from gndpo_trl.objective.advantages import Population, undefined_rows
+from gndpo_trl.objective.scores import Score
 from gndpo_trl.teachers import Teacher
 from gndpo_trl.token_view.rows import TokenRow
 
@@ -107,3 +110,12 @@ def make_row(tokens: list[str], scores: list[float], clip: float = 5.0, **option
         advantages=np.nan_to_num(scores / 2),
         **{"tokens": tokens, "prompt": "what ?", **options},
     )
+
+
+def advantages_of(scores, mask, *, score_clip=5.0, **options) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the default step makes of raw scores `(B, T)`: advantages, and which completions have no statistics."""
+    mask = mask.bool()
+    found = Score(clip=score_clip)(scores, torch.zeros_like(scores), mask)
+    reading = Reading(teacher_logps=scores, student_logps=torch.zeros_like(scores))
+    advantages, moments = Sampled().advantages(found, reading, mask, Population(**options))
+    return advantages, undefined_rows(moments, advantages)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gndpo_trl.objective import distributions
-from gndpo_trl.objective.advantages import merge_moments, normalize, population_moments, row_moments
+from gndpo_trl.objective.advantages import Population, merge_moments, row_moments
 from gndpo_trl.objective.distributions import (
     Comparison,
     ExpectedAdvantage,
@@ -84,9 +84,8 @@ def test_the_gradient_is_that_of_full_logits(monkeypatch, sizes, options, shifte
     teacher_hidden, teacher_head = build(sizes[1], 6, seed=1, **options[1])
     leaves = [tensor.requires_grad_() for tensor in (hidden, head.weight, head.bias)]
     scale, shift, upstream = torch.rand(3, POSITIONS, dtype=torch.float64)
-    weighting = Weighting(scale, shift if shifted else None)
-    if is_clipped:
-        weighting.keeps_positive, weighting.keeps_negative = torch.rand(2, POSITIONS) > 0.5
+    keeps = torch.rand(2, POSITIONS) > 0.5 if is_clipped else (None, None)
+    weighting = Weighting(scale, shift if shifted else None, *keeps)
 
     probs, scores = (x.detach() for x in probs_and_scores(hidden, head, teacher_hidden, teacher_head, 0.8))
     shift = shift.unsqueeze(-1) if shifted else (probs * scores).sum(-1, keepdim=True)
@@ -153,9 +152,8 @@ def test_exact_moments_are_those_of_the_mixture_however_it_is_split(seed, rows, 
     of_parts = [merge_moments(row_moments(part, mask[index])) for index, part in enumerate(mean)]
     for index in range(parts):
         of_parts[index][2] += (variance[index] * mask[index]).sum()
-    moments = population_moments(
-        mean[0], mask[0], variances=variance[0], gather=lambda own: torch.stack([own[0], *of_parts[1:]])
-    )
+    population = Population(gather=lambda own: torch.stack([own[0], *of_parts[1:]]))
+    moments = population.moments(mean[0], mask[0], variances=variance[0])
     count = mask.sum()
     if count == 0:
         assert not moments[0].any()
@@ -168,8 +166,8 @@ def test_exact_moments_are_those_of_the_mixture_however_it_is_split(seed, rows, 
 
 def test_a_baseline_leaves_the_mean_alone():
     scores, mask = torch.tensor([[1.0, 2.0, 6.0]]), torch.tensor([[1, 1, 0]])
-    moments = population_moments(scores, mask)
-    advantages, _ = normalize(scores, mask, moments, subtract_mean=False)
+    population = Population()
+    advantages = population.whiten(scores, mask, population.moments(scores, mask), subtract_mean=False)
     std = torch.tensor([1.0, 2.0]).std()
     torch.testing.assert_close(advantages, torch.tensor([[1.0, 2.0, 0.0]]) / std, rtol=0, atol=1e-6)
 

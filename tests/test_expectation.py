@@ -14,8 +14,9 @@ from gndpo_trl import GNDPOConfig, GNDPOTrainer
 from gndpo_trl.grpo.rollouts import valid_tokens
 from gndpo_trl.grpo.trl_hooks import MULTIMODAL_KEYS
 from gndpo_trl.objective import distributions
-from gndpo_trl.objective.advantages import population_moments
-from gndpo_trl.teachers import Teacher
+from gndpo_trl.objective.advantages import Population
+from gndpo_trl.objective.scores import Score
+from gndpo_trl.teachers import LocalTeacher, Teacher
 
 
 BOTH = {"baseline": {"score_baseline": "expected"}, "exact": {"estimator": "exact"}}
@@ -261,7 +262,7 @@ def test_nothing_of_the_size_of_a_batch_times_the_vocabulary_exists(make_trainer
     tokens = rollout["completion_mask"].sum()
     question = {**rollout, "rows": []}
     with Watch():
-        trainer._compare_distributions(dict(rollout), question, {})
+        trainer.estimator.read(dict(rollout), question)
     if "teacher_hidden_states" in rollout:
         trainer.current_gradient_accumulation_steps = 1
         loss = trainer._compute_loss(trainer.model, rollout)
@@ -314,10 +315,9 @@ def test_tool_tokens_have_no_part(make_trainer, checkpoints):
     _, loss = plain(student := double(trainer.model), double(trainer.teacher.model), rollout, trainer.args)
     loss.backward()
     mask = valid_tokens(rollout)
-    comparison = trainer._compare_distributions({**rollout}, {**rollout, "rows": []}, {})
-    zeros = torch.zeros_like(comparison.mean)
-    _, population, variances = trainer._population(zeros, mask, comparison)
-    rollout["score_moments"] = population_moments(population, mask, variances=variances)
+    reading = trainer.estimator.read({**rollout}, {**rollout, "rows": []})
+    scores = Score()(reading.teacher_logps, reading.student_logps, mask)
+    _, rollout["score_moments"] = trainer.estimator.advantages(scores, reading, mask, Population())
     trainer.current_gradient_accumulation_steps = 1
     trainer._compute_loss(trainer.model, rollout).backward()
     for (name, parameter), other in zip(trainer.model.named_parameters(), student.parameters(), strict=True):
@@ -353,7 +353,7 @@ def test_vocabularies_that_are_padded_differently(make_trainer, tmp_path):
     larger = tiny_models.save(*tiny_models.build_qwen3(seed=1, vocab_size=size + 64), tmp_path / "larger")
     trainer = make_trainer(per_device_train_batch_size=8, teacher_model=larger, estimator="exact")
     rollout = make_rollout(trainer)
-    comparison = trainer._compare_distributions(dict(rollout), {**rollout, "rows": []}, {})
+    comparison = trainer.estimator.read(dict(rollout), {**rollout, "rows": []}).distributions
     ours, theirs = (all_log_probs(double(model), rollout) for model in (trainer.model, trainer.teacher.model))
     scores = (theirs[..., : ours.size(-1)] - ours).clamp(-5, 5)
     expected = (ours.exp() * scores).sum(-1) * rollout["completion_mask"]
@@ -382,7 +382,7 @@ def test_a_teacher_with_a_prompt_of_its_own(make_trainer, text_dataset, options)
     rollout = make_rollout(trainer)
     rows = [trainer.train_dataset[row // 2] for row in range(8)]
     question = trainer._teacher_prompts.exchange({**rollout, "rows": rows})
-    comparison = trainer._compare_distributions(dict(rollout), question, {})
+    comparison = trainer.estimator.read(dict(rollout), question).distributions
     ours, theirs = (
         all_log_probs(double(trainer.model), rollout),
         all_log_probs(double(trainer.teacher.model), question),
@@ -395,6 +395,130 @@ def test_a_teacher_with_a_prompt_of_its_own(make_trainer, text_dataset, options)
     assert trainer.state.global_step == 2
 
 
+@pytest.mark.parametrize("options", BOTH.values(), ids=BOTH)
+@pytest.mark.parametrize("weights", ["ema", "periodic", "live", "initial"])
+def test_the_students_own_earlier_weights_as_the_teacher(make_trainer, text_dataset, weights, options):
+    """Also the head is that of the teacher, while the student's moves on within a generation batch."""
+    prompts = [[{"role": "user", "content": f"one plus two ? {row['prompt'][0]['content']}"}] for row in text_dataset]
+    lora = LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"]) if weights == "initial" else None
+    trainer = make_trainer(
+        trainer_options={"train_dataset": text_dataset.add_column("teacher_prompt", prompts), "peft_config": lora},
+        teacher_model="self",
+        teacher_weights=weights,
+        per_device_train_batch_size=8,
+        num_iterations=2,
+        max_steps=3,
+        learning_rate=1e-2,
+        **options,
+    )
+    start = double(trainer.model.get_base_model() if lora else trainer.model)
+    trainer.train()
+    rollout = make_rollout(trainer)
+    rows = [trainer.train_dataset[row // 2] for row in range(8)]
+    question = trainer._teacher_prompts.exchange({**rollout, "rows": rows})
+    reading = trainer.estimator.read(dict(rollout), question)
+    theirs = copy.deepcopy(start)
+    if weights == "live":
+        theirs.load_state_dict({name: value.double() for name, value in trainer.model.state_dict().items()})
+    elif weights == "ema":
+        theirs.load_state_dict({name: value.double() for name, value in trainer.teacher.values.items()})
+    found = all_log_probs(theirs, question).gather(-1, rollout["completion_ids"].unsqueeze(-1)).squeeze(-1)
+    mask = valid_tokens(rollout)
+    torch.testing.assert_close(reading.teacher_logps.double()[mask], found[mask], rtol=0, atol=1e-5)
+    if options.get("estimator") != "exact":
+        return
+    # The student moves, and the teacher of the batch stays.
+    head = trainer.estimator.heads[0].on(torch.device("cpu")).weight.clone()
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1
+    assert torch.equal(trainer.estimator.heads[0].on(torch.device("cpu")).weight, head)
+
+
+@pytest.mark.parametrize("options", BOTH.values(), ids=BOTH)
+def test_several_teachers_give_the_gradient_of_each_row_s_own(
+    make_trainer, checkpoints, text_dataset, tmp_path, options
+):
+    names = ["first" if row % 3 else "second" for row in range(len(text_dataset))]
+    wide = tiny_models.save(*tiny_models.build_qwen3(seed=2, width=64), tmp_path / "wide")
+    options = {"advantage_normalization": "none", "per_device_train_batch_size": 8, **options}
+    trainer = make_trainer(
+        teacher_model={"first": checkpoints["qwen3-teacher"], "second": wide},
+        trainer_options={"train_dataset": text_dataset.add_column("teacher", names)},
+        **options,
+    )
+    rollout = make_rollout(trainer)
+    student = double(trainer.model)
+    mask, expected = valid_tokens(rollout), torch.zeros(rollout["completion_ids"].shape, dtype=torch.float64)
+    losses = []
+    for name, teacher in trainer.teacher.teachers.items():
+        rows = [row for row in range(8) if names[row // 2] == name]
+        of_rows = {
+            key: value[rows] for key, value in rollout.items() if isinstance(value, torch.Tensor) and value.ndim
+        }
+        expected[rows], loss = plain(student, double(teacher.model), of_rows, trainer.args)
+        losses.append(loss * len(rows) / 8)
+    sum(losses).backward()
+    torch.testing.assert_close(rollout["advantages"].double(), expected * mask, rtol=0, atol=1e-5)
+    trainer.current_gradient_accumulation_steps = 1
+    trainer._compute_loss(trainer.model, rollout).backward()
+    for (name, parameter), other in zip(trainer.model.named_parameters(), student.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad.double(), other.grad, rtol=0, atol=1e-5, msg=name)
+    make_trainer(
+        teacher_model={"first": checkpoints["qwen3-teacher"], "second": wide},
+        trainer_options={"train_dataset": text_dataset.add_column("teacher", names)},
+        **options,
+    ).train()
+
+
+# NaN
+
+
+def spoil(teacher: Teacher, at_call: int = 1) -> None:
+    """Have a local teacher compute NaN at its last position, from one of its forward passes on."""
+    calls = []
+
+    def spoiled(module, inputs, hidden):
+        calls.append(hidden)
+        if len(calls) < at_call:
+            return hidden
+        hidden = hidden.clone()
+        hidden[:, -2:] = float("nan")
+        return hidden
+
+    teacher.model.get_decoder().norm.register_forward_hook(spoiled)
+
+
+@pytest.mark.parametrize("options", [{}, *BOTH.values()], ids=["sampled", *BOTH])
+def test_a_teacher_in_this_process_that_gives_nan_ends_the_run_before_the_student_is_touched(make_trainer, options):
+    trainer = make_trainer(share_prompts=False, **options)
+    spoil(trainer.teacher)
+    before = {name: parameter.clone() for name, parameter in trainer.model.named_parameters()}
+    with pytest.raises(ValueError, match=r"The teacher gave non-finite log-probs for \d+ of \d+ tokens"):
+        trainer.train()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in trainer.model.named_parameters())
+
+
+class Forgetful(LocalTeacher):
+    """A model that may say that it does not know."""
+
+    def may_not_know(self, rows):
+        return [True] * len(rows)
+
+
+@pytest.mark.parametrize("options", [{}, *BOTH.values()], ids=["sampled", *BOTH])
+def test_what_a_teacher_may_not_know_is_left_out_and_counted_and_gradients_stay_finite(
+    make_trainer, checkpoints, options
+):
+    trainer = make_trainer(teacher_model=Forgetful(checkpoints["qwen3-teacher"]), share_prompts=False, **options)
+    spoil(trainer.teacher)
+    found = gradients(trainer)
+    assert all(gradient.isfinite().all() for gradient in found.values())
+    assert max(gradient.abs().max() for gradient in found.values()) > 1e-3
+    assert trainer.state.log_history[0]["teacher/unknown_tokens"] > 0
+
+
 class Uniform(Teacher):
     def per_token_logps(self, rollout):
         return torch.full(rollout["completion_ids"].shape, -3.0)
@@ -405,8 +529,9 @@ def test_teachers_without_a_distribution_are_refused(make_trainer, options, fiel
     make_trainer(teacher_model=Uniform())
     with pytest.raises(ValueError, match=rf"`{field}` is .*Uniform only knows the sampled tokens"):
         make_trainer(teacher_model=Uniform(), **options)
-    with pytest.raises(ValueError, match=rf"`{field}` is .*SelfTeacher only knows the sampled tokens"):
-        make_trainer(teacher_model="self", teacher_weights="ema", **options)
+    both = {"local": make_trainer().teacher, "uniform": Uniform()}
+    with pytest.raises(ValueError, match=rf"`{field}` is .*Uniform only knows the sampled tokens"):
+        make_trainer(teacher_model=both, **options)
 
 
 @pytest.mark.parametrize(

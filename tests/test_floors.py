@@ -12,7 +12,7 @@ from trl.trainer.utils import _ChunkedLogProbFunction
 
 from gndpo_trl.grpo.checkpoints import CheckpointMixin
 from gndpo_trl.grpo.config import ExtendedGRPOConfig
-from gndpo_trl.grpo.ratio import SequenceTokenMixin
+from gndpo_trl.grpo.loss_seam import SequenceTokenMixin
 from gndpo_trl.grpo.real_tokens import RealTokensMixin, combine
 from gndpo_trl.grpo.reward_stand_in import RewardStandInMixin
 from gndpo_trl.grpo.sampling import SamplingMixin

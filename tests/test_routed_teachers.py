@@ -3,12 +3,12 @@
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from helpers import make_rollout, plain_logps
+from helpers import advantages_of, make_rollout, plain_logps
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, Qwen3ForCausalLM
 
 from gndpo_trl.grpo.rollouts import valid_tokens
-from gndpo_trl.objective.advantages import compute_advantages, row_moments
+from gndpo_trl.objective.advantages import row_moments
 from gndpo_trl.teachers import LocalTeacher, RoutedTeacher, Teacher
 
 
@@ -110,14 +110,14 @@ def test_whitening_apart_equals_whitening_each_part():
     teachers = torch.tensor([0, 2, 0, 2, 2, 0])  # none has the teacher 1
     scores[teachers == 2] *= 10
     options = {"score_clip": None, "teachers": teachers, "num_teachers": 3}
-    found, undefined = compute_advantages(scores, mask, normalization="teacher", **options)
+    found, undefined = advantages_of(scores, mask, normalization="teacher", **options)
     for number in (0, 2):
         part = teachers == number
-        expected, _ = compute_advantages(scores[part], mask[part], score_clip=None)
+        expected, _ = advantages_of(scores[part], mask[part], score_clip=None)
         torch.testing.assert_close(found[part], expected, rtol=0, atol=1e-12)
     assert not undefined.any() and row_moments(found, mask)[:, 0].sum() == mask.sum()
     with pytest.raises(ValueError, match="`teachers` does not say whose each completion is"):
-        compute_advantages(scores, mask, normalization="teacher")
+        advantages_of(scores, mask, normalization="teacher")
 
 
 # What is refused

@@ -7,8 +7,7 @@ from peft import LoraConfig
 from transformers import Qwen3ForCausalLM
 
 from gndpo_trl.grpo.rollouts import valid_tokens
-from gndpo_trl.objective.advantages import token_scores
-from gndpo_trl.objective.scores import discounted_scores, extrapolated_scores, power_scores
+from gndpo_trl.objective.scores import discounted_scores, extrapolated_scores, power_scores, token_scores
 from gndpo_trl.teachers import LocalTeacher, SelfTeacher
 
 

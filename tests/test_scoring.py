@@ -149,16 +149,16 @@ def test_the_teacher_leaves_nothing_for_a_backward_pass(make_trainer, checkpoint
 def loss_advantages(trainer) -> dict[tuple[int, ...], torch.Tensor]:
     """Train, and return the advantages that the first step's loss used, by completion."""
     seen = {}
-    adapt = trainer._adapt_loss_inputs
+    make = trainer.estimator.advantages_in_loss
 
     def watch(logps, inputs):
-        logps = adapt(logps, inputs)
+        advantages = make(logps, inputs)
         lengths = inputs["completion_mask"].sum(-1)
-        for ids, length, row in zip(inputs["completion_ids"].tolist(), lengths, inputs["advantages"], strict=True):
+        for ids, length, row in zip(inputs["completion_ids"].tolist(), lengths, advantages, strict=True):
             seen[tuple(ids[:length])] = row[:length]
-        return logps
+        return advantages
 
-    trainer._adapt_loss_inputs = watch
+    trainer.estimator.advantages_in_loss = watch
     trainer.train()
     return seen
 

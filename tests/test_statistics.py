@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
+from helpers import advantages_of
 
-from gndpo_trl.objective.advantages import compute_advantages
 from gndpo_trl.objective.statistics import (
     score_metrics,
     score_statistics,
@@ -29,7 +29,7 @@ def make_batch(seed: int = 0):
 
 def statistics_of(teacher, student, mask, is_eos):
     scores = teacher - student
-    advantages, undefined = compute_advantages(scores, mask, score_clip=CLIP, normalization="sequence")
+    advantages, undefined = advantages_of(scores, mask, score_clip=CLIP, normalization="sequence")
     unknown = (mask == 0) & (torch.arange(scores.size(1)) == 5)
     return score_statistics(scores, teacher, student, advantages, undefined, is_eos, unknown, mask, CLIP)
 
@@ -42,7 +42,7 @@ def test_metrics_are_those_of_all_tokens(ranks):
 
     valid = mask.bool()
     scores = (teacher - student)[valid]
-    advantages, _ = compute_advantages(teacher - student, mask, score_clip=CLIP, normalization="sequence")
+    advantages, _ = advantages_of(teacher - student, mask, score_clip=CLIP, normalization="sequence")
     expected = {
         "score/mean": scores.mean(),
         "score/std": scores.std(),
@@ -90,7 +90,7 @@ def test_no_valid_token_gives_nan_and_no_error():
 
 
 def spread_of(teacher, student, mask):
-    advantages, _ = compute_advantages(teacher - student, mask, score_clip=CLIP, normalization="sequence")
+    advantages, _ = advantages_of(teacher - student, mask, score_clip=CLIP, normalization="sequence")
     return spread_statistics((teacher - student).masked_fill(mask == 0, 0.0), student, advantages, mask, CLIP)
 
 
@@ -102,7 +102,7 @@ def test_shares_are_those_of_all_tokens(ranks):
     metrics = spread_metrics(torch.stack([spread_of(*part) for part in parts]))
 
     valid = mask.bool()
-    advantages, _ = compute_advantages(teacher - student, mask, score_clip=CLIP, normalization="sequence")
+    advantages, _ = advantages_of(teacher - student, mask, score_clip=CLIP, normalization="sequence")
     mass, is_clamped, is_improbable = advantages.abs(), (teacher - student).abs() > CLIP, student.exp() < 0.1
     assert 0 < (is_clamped & valid).sum() < valid.sum() and 0 < (is_improbable & valid).sum() < valid.sum()
     expected = {

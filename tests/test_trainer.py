@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 import torch
 from datasets import IterableDataset
-from helpers import gradients, make_rollout, plain_logps
+from helpers import advantages_of, gradients, make_rollout, plain_logps
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig, Qwen3ForCausalLM
@@ -19,7 +19,6 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from gndpo_trl import GNDPOTrainer
 from gndpo_trl.grpo.rollouts import valid_tokens
-from gndpo_trl.objective.advantages import compute_advantages
 
 
 # What it computes
@@ -36,7 +35,7 @@ def test_advantages_are_those_of_plain_forward_passes(make_trainer, checkpoints,
     teacher_logps, student_logps = plain_logps(teacher, rollout), plain_logps(student, rollout)
     found = trainer._per_token_logps(trainer.model, rollout)
     torch.testing.assert_close(found[mask], student_logps[mask], rtol=0, atol=1e-5)
-    expected, _ = compute_advantages(teacher_logps - student_logps, mask)
+    expected, _ = advantages_of(teacher_logps - student_logps, mask)
     torch.testing.assert_close(rollout["advantages"], expected, rtol=0, atol=2e-4)
     assert rollout["advantages"].shape == rollout["completion_ids"].shape
     assert not rollout["advantages"][~mask].any()

@@ -1,6 +1,6 @@
 """Last hidden states of completion tokens, and the LM head that makes distributions of them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,10 +17,19 @@ class HiddenStates:
         rows (`list[torch.Tensor]`): For each completion its `(T_i, H)` last hidden states, those that predict its tokens, in
             CPU memory and in the dtype that the head computes in.
         head ([`LMHead`]): The model's, with its parameters, which ZeRO-3 and FSDP shard.
+        heads (`list[LMHead | None]`, *optional*): All heads, where the rows come from several models, `None` for those that
+            have no row in any process.
+        head_of_row (`list[int]`, *optional*): Number of each row's head in `heads`.
     """
 
     rows: list[torch.Tensor]
     head: LMHead
+    heads: list[LMHead | None] = field(default_factory=list)
+    head_of_row: list[int] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.heads = self.heads or [self.head]
+        self.head_of_row = self.head_of_row or [0] * len(self.rows)
 
 
 def head_of(call: HeadCall) -> LMHead:

@@ -11,6 +11,7 @@ from accelerate.utils import gather
 from datasets import Dataset
 from trl import GRPOConfig
 
+from .loss_seam import Surrogate
 from .microbatches import loss_mask
 from .vllm_engine import (
     ExactVLLMClient,
@@ -220,23 +221,19 @@ class VLLMMixin:
             )
 
 
-class LossWatchMixin(VLLMMixin):
+class SamplerWatch(Surrogate):
     """
-    [`VLLMMixin`] for trainers that leave scoring to TRL, which may know the log-probs only in the loss. They are those
-    of the weights that vLLM sampled with, since TRL scores beforehand where the weights may have changed.
+    Has a trainer that leaves scoring to TRL look at its sampler in the loss, where TRL knows no log-probs before it. They are
+    those of the weights that vLLM sampled with, since TRL scores beforehand where the weights may have changed.
+
+    Args:
+        watch (`Callable`): `_watch_sampling_logps` of a [`VLLMMixin`].
     """
 
-    _unwatched = None
+    def __init__(self, watch: Callable[[dict[str, Any], torch.Tensor], None]):
+        self.watch = watch
 
-    def _compute_loss(self, model, inputs):
-        self._unwatched = None if "old_per_token_logps" in inputs else inputs
-        try:
-            return super()._compute_loss(model, inputs)
-        finally:
-            self._unwatched = None
-
-    def _get_per_token_logps_and_entropies(self, *args, **kwargs):
-        logps, entropies, aux_loss = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        if self._unwatched is not None:
-            self._watch_sampling_logps(self._unwatched, logps.detach())
-        return logps, entropies, aux_loss
+    def advantages_in_loss(self, logps, inputs):
+        if "old_per_token_logps" not in inputs:
+            self.watch(inputs, logps.detach())
+        return super().advantages_in_loss(logps, inputs)

@@ -1,4 +1,4 @@
-"""From log-probs to token-level advantages: pure tensor functions, no trainer and no process group.
+"""From scores to token-level advantages, without a trainer or a process group.
 
 Everywhere below, `B` is the number of completions held by this process, `T` the padded completion length, and `mask`
 (`(B, T)`, nonzero = valid) marks the tokens that take part in the loss. Scores are in nats. Masked positions may hold
@@ -12,6 +12,7 @@ are small beside everything else in a step.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -27,21 +28,6 @@ DEVICES_WITHOUT_FLOAT64 = ("mps",)
 def as_float64(values: torch.Tensor) -> torch.Tensor:
     """The values in float64, on their own device if it has that dtype, else on the CPU."""
     return (values.cpu() if values.device.type in DEVICES_WITHOUT_FLOAT64 else values).double()
-
-
-def token_scores(teacher_logps: torch.Tensor, old_logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """
-    Score of every sampled token: how many nats more likely the teacher finds it than the student that sampled it.
-
-    Args:
-        teacher_logps (`torch.Tensor` of shape `(B, T)`): Log-probs of the sampled tokens under the teacher, in nats.
-        old_logps (`torch.Tensor` of shape `(B, T)`): Log-probs of the same tokens under the student at sampling time.
-        mask (`torch.Tensor` of shape `(B, T)`): Nonzero on valid tokens.
-
-    Returns:
-        `torch.Tensor` of shape `(B, T)`: `teacher_logps - old_logps` on valid tokens, 0 elsewhere.
-    """
-    return (teacher_logps - old_logps).masked_fill(mask == 0, 0.0)
 
 
 def row_moments(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -125,135 +111,92 @@ def whiten(
     return (advantages * scale).to(scores).masked_fill(mask == 0, 0.0)
 
 
-def clamp_scores(scores: torch.Tensor, mask: torch.Tensor, score_clip: float | None) -> torch.Tensor:
-    """Scores without gradient, clamped to `[-score_clip, score_clip]` nats (`None`: as they are), 0 on masked tokens."""
-    scores = scores.detach().masked_fill(mask == 0, 0.0)
-    return scores if score_clip is None else scores.clamp(-score_clip, score_clip)
-
-
-def population_moments(
-    scores: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    normalization: str = "global",
-    num_generations: int = 1,
-    gather: Callable[[torch.Tensor], torch.Tensor] = lambda moments: moments,
-    process_index: int = 0,
-    variances: torch.Tensor | None = None,
-    teachers: torch.Tensor | None = None,
-    num_teachers: int = 1,
-) -> torch.Tensor | None:
+@dataclass(frozen=True)
+class Population:
     """
-    Moments of the population that each completion is compared with; the arguments are those of [`compute_advantages`].
+    Whom a completion's scores are compared with, and how they become advantages. The defaults are the paper's.
 
-    With `variances` (`(B, T)`), the scores are expectations, each of a distribution with that variance, and the moments
-    are those of all these distributions together.
-
-    Returns:
-        `torch.Tensor` of shape `(B, 3)` and dtype float64, or `None` for `normalization="none"`.
-    """
-    if normalization not in ADVANTAGE_NORMALIZATIONS:
-        raise ValueError(f"Unknown normalization {normalization!r}. Choose one of {ADVANTAGE_NORMALIZATIONS}.")
-    if normalization == "none":
-        return None
-    rows = row_moments(scores, mask)
-    if variances is not None:
-        rows[:, 2] += as_float64(variances.masked_fill(mask == 0, 0.0)).sum(-1)
-    if normalization == "global":
-        return merge_moments(gather(merge_moments(rows).unsqueeze(0))).expand_as(rows)
-    if normalization == "teacher":
-        if teachers is None:
-            raise ValueError('`normalization` is "teacher", but `teachers` does not say whose each completion is.')
-        teachers = teachers.to(rows.device)
-        of_teachers = torch.stack([merge_moments(rows[teachers == number]) for number in range(num_teachers)])
-        return merge_moments(gather(of_teachers.unsqueeze(0)))[teachers]
-    if normalization == "group":
-        groups = merge_moments(gather(rows).view(-1, num_generations, 3), dim=1)
-        start = process_index * len(rows)
-        return groups.repeat_interleave(num_generations, dim=0)[start : start + len(rows)]
-    return rows
-
-
-def normalize(
-    scores: torch.Tensor,
-    mask: torch.Tensor,
-    moments: torch.Tensor | None,
-    std_floor: float = 0.0,
-    subtract_mean: bool = True,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Advantages of clamped scores, given the moments of the population that each completion is compared with.
-
-    Args:
-        scores (`torch.Tensor` of shape `(B, T)`): Result of [`clamp_scores`].
-        mask (`torch.Tensor` of shape `(B, T)`): Nonzero on valid tokens.
-        moments (`torch.Tensor` of shape `(B, 3)` or `None`): Result of [`population_moments`].
-        std_floor (`float`, *optional*, defaults to `0.0`): See [`whiten`].
-        subtract_mean (`bool`, *optional*, defaults to `True`): See [`whiten`].
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: as [`compute_advantages`].
-    """
-    if moments is None:  # "none" has no population
-        return scores, torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
-    return whiten(scores, mask, moments, std_floor, subtract_mean), (moments[:, 0] < 2).to(scores.device)
-
-
-def compute_advantages(
-    scores: torch.Tensor,
-    mask: torch.Tensor,
-    *,
-    score_clip: float | None = 5.0,
-    normalization: str = "global",
-    std_floor: float = 0.0,
-    num_generations: int = 1,
-    gather: Callable[[torch.Tensor], torch.Tensor] = lambda moments: moments,
-    process_index: int = 0,
-    teachers: torch.Tensor | None = None,
-    num_teachers: int = 1,
-    moments: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Advantages of GNDPO (`"global"`), of plain on-policy distillation (`"none"`) and of two arms for ablation.
-
-    The scores are clamped to `[-score_clip, score_clip]` and then whitened over the population that `normalization`
-    names: every valid token of the generation batch on all ranks (`"global"`), those that the same teacher scored
-    (`"teacher"`), those of the same prompt (`"group"`), those of the same completion (`"sequence"`); `"none"` stops after
-    the clamp.
-
-    Args:
-        scores (`torch.Tensor` of shape `(B, T)`): Raw scores in nats, see [`token_scores`].
-        mask (`torch.Tensor` of shape `(B, T)`): Nonzero on valid tokens.
-        score_clip (`float`, *optional*, defaults to `5.0`): Bound of the clamp, in nats. `None` turns it off.
-        normalization (`str`, *optional*, defaults to `"global"`): One of `ADVANTAGE_NORMALIZATIONS`.
+    Attributes:
+        normalization (`str`, *optional*, defaults to `"global"`): One of `ADVANTAGE_NORMALIZATIONS`. Every valid token of
+            the generation batch on all ranks (`"global"`), those that the same teacher scored (`"teacher"`), those of the
+            same prompt (`"group"`), those of the same completion (`"sequence"`); `"none"` leaves scores as they are.
         std_floor (`float`, *optional*, defaults to `0.0`): See [`whiten`].
         num_generations (`int`, *optional*, defaults to `1`): Completions per prompt; they stand next to each other in
             the order of ranks and rows. Only used by `"group"`.
+        teachers (`torch.Tensor` of shape `(B,)` and an integer dtype, *optional*): Number of the teacher that scored each
+            completion, for `"teacher"`.
+        num_teachers (`int`, *optional*, defaults to `1`): `K`, number of teachers on all ranks.
         gather (`Callable`, *optional*): Concatenates a tensor along its first dimension over all ranks, in the order
             of ranks. It receives `(1, 3)` moments for `"global"`, `(1, K, 3)` for `"teacher"` and `(B, 3)` for `"group"`.
             The default is one process.
         process_index (`int`, *optional*, defaults to `0`): Rank of this process in the order of `gather`.
-        teachers (`torch.Tensor` of shape `(B,)` and an integer dtype, *optional*): Number of the teacher that scored each
-            completion, for `"teacher"`.
-        num_teachers (`int`, *optional*, defaults to `1`): `K`, number of teachers on all ranks.
-        moments (`torch.Tensor` of shape `(B, 3)`, *optional*): Result of [`population_moments`] where the statistics are
-            not those of `scores`; computed from them if `None`.
 
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: the advantages, of shape `(B, T)` and of the dtype of `scores`, without
-        gradient and 0 on masked tokens; and a boolean tensor of shape `(B,)` that marks the completions whose
-        population has fewer than two valid tokens, which have zero advantages for that reason.
+    Raises:
+        `ValueError`: if the normalization is not known, or lacks what it needs.
     """
-    scores = clamp_scores(scores, mask, score_clip)
+
+    normalization: str = "global"
+    std_floor: float = 0.0
+    num_generations: int = 1
+    teachers: torch.Tensor | None = None
+    num_teachers: int = 1
+    gather: Callable[[torch.Tensor], torch.Tensor] = lambda moments: moments
+    process_index: int = 0
+
+    def __post_init__(self):
+        if self.normalization not in ADVANTAGE_NORMALIZATIONS:
+            raise ValueError(
+                f"Unknown normalization {self.normalization!r}. Choose one of {ADVANTAGE_NORMALIZATIONS}."
+            )
+
+    def moments(
+        self, scores: torch.Tensor, mask: torch.Tensor, variances: torch.Tensor | None = None
+    ) -> torch.Tensor | None:
+        """
+        Moments of the population that each completion is compared with. All ranks call it together.
+
+        Args:
+            scores (`torch.Tensor` of shape `(B, T)`): Scores, clamped if they are to be.
+            mask (`torch.Tensor` of shape `(B, T)`): Nonzero on valid tokens.
+            variances (`torch.Tensor` of shape `(B, T)`, *optional*): Says that the scores are expectations, each of a
+                distribution with this variance; the moments are then those of all these distributions together.
+
+        Returns:
+            `torch.Tensor` of shape `(B, 3)` and dtype float64, or `None` for `"none"`, which compares with nobody.
+        """
+        if self.normalization == "none":
+            return None
+        rows = row_moments(scores, mask)
+        if variances is not None:
+            rows[:, 2] += as_float64(variances.masked_fill(mask == 0, 0.0)).sum(-1)
+        if self.normalization == "global":
+            return merge_moments(self.gather(merge_moments(rows).unsqueeze(0))).expand_as(rows)
+        if self.normalization == "teacher":
+            if self.teachers is None:
+                raise ValueError('`normalization` is "teacher", but `teachers` does not say whose each completion is.')
+            teachers = self.teachers.to(rows.device)
+            of_teachers = [merge_moments(rows[teachers == number]) for number in range(self.num_teachers)]
+            return merge_moments(self.gather(torch.stack(of_teachers).unsqueeze(0)))[teachers]
+        if self.normalization == "group":
+            groups = merge_moments(self.gather(rows).view(-1, self.num_generations, 3), dim=1)
+            start = self.process_index * len(rows)
+            return groups.repeat_interleave(self.num_generations, dim=0)[start : start + len(rows)]
+        return rows
+
+    def whiten(
+        self, scores: torch.Tensor, mask: torch.Tensor, moments: torch.Tensor | None, subtract_mean: bool = True
+    ) -> torch.Tensor:
+        """
+        Advantages `(B, T)` of scores, without gradient and 0 on masked tokens, by the [`moments`] of their population:
+        [`whiten`], or the scores as they are where there are none.
+        """
+        if moments is None:
+            return scores.detach().masked_fill(mask == 0, 0.0)
+        return whiten(scores.detach(), mask, moments, self.std_floor, subtract_mean)
+
+
+def undefined_rows(moments: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
+    """`(B,)`: True for completions whose population has fewer than two valid tokens, and so zero advantages."""
     if moments is None:
-        moments = population_moments(
-            scores,
-            mask,
-            normalization=normalization,
-            num_generations=num_generations,
-            gather=gather,
-            process_index=process_index,
-            teachers=teachers,
-            num_teachers=num_teachers,
-        )
-    return normalize(scores, mask, moments, std_floor)
+        return torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    return (moments[:, 0] < 2).to(scores.device)

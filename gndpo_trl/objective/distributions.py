@@ -136,7 +136,7 @@ def compare_distributions(
     return Comparison(*torch.cat(parts).unbind(-1))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Weighting:
     """
     From clamped scores to the advantages of all tokens at a position, `(c(a) - shift) / std`, and which of them count.

@@ -7,6 +7,15 @@ import torch
 MAX_LOG_RATIO = 10.0
 
 
+def sequence_log_ratio(
+    per_token_logps: torch.Tensor, old_per_token_logps: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor:
+    """`(B,)` log ratio of each completion, without gradient: the mean over its valid tokens of `logp_t - old_logp_t`."""
+    valid = mask != 0
+    log_ratio = (per_token_logps.detach() - old_per_token_logps).masked_fill(~valid, 0.0)
+    return log_ratio.sum(-1) / valid.sum(-1).clamp(min=1)
+
+
 def sequence_token_logps(
     per_token_logps: torch.Tensor, old_per_token_logps: torch.Tensor, mask: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -30,9 +39,7 @@ def sequence_token_logps(
         `tuple[torch.Tensor, torch.Tensor]`, each of shape `(B, T)`: the current log-probs, without gradient on the
         completions whose ratio reached the cap, and the old log-probs that go with them.
     """
-    valid = mask != 0
-    log_ratio = (per_token_logps.detach() - old_per_token_logps).masked_fill(~valid, 0.0)
-    log_sequence_ratio = log_ratio.sum(-1, keepdim=True) / valid.sum(-1, keepdim=True).clamp(min=1)
+    log_sequence_ratio = sequence_log_ratio(per_token_logps, old_per_token_logps, mask).unsqueeze(-1)
     capped = log_sequence_ratio > MAX_LOG_RATIO
     per_token_logps = torch.where(capped, per_token_logps.detach(), per_token_logps)
     return per_token_logps, per_token_logps.detach() - log_sequence_ratio.clamp(max=MAX_LOG_RATIO)

@@ -15,7 +15,7 @@ def mix_advantages(
 
     Args:
         distillation (`torch.Tensor` of shape `(B, T)`): Advantages from a teacher's scores, see
-            [`~advantages.compute_advantages`]; 0 on tokens that it says nothing of.
+            [`~advantages.Population`]; 0 on tokens that it says nothing of.
         reward (`torch.Tensor` of shape `(B,)`): Advantages of the completions from their rewards, as in GRPO.
         mask (`torch.Tensor` of shape `(B, T)`): Nonzero on the tokens that take part in the loss.
         distillation_coef (`float`, *optional*, defaults to `1.0`): Weight of the teacher.

@@ -11,7 +11,6 @@ from accelerate.utils import is_peft_model
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..grpo.hidden_states import HiddenStates
-from ..grpo.rollouts import check_finite, valid_tokens
 from ..grpo.trl_hooks import add_fused_lm_head, create_model_from_path, prepare_deepspeed, prepare_fsdp
 from .compatibility import ModelDescription, ProcessingClass, check_compatibility, describe
 from .offload import OffloadedWeights
@@ -47,7 +46,7 @@ class LocalTeacher(Teacher):
 
     Raises:
         `ValueError`: if there is no such model, if loading options come with a loaded model, if it cannot score what the
-            student samples, or during a run if it gives log-probs that are not finite.
+            student samples.
     """
 
     def __init__(
@@ -83,7 +82,6 @@ class LocalTeacher(Teacher):
         self.vocab_size = self.description.config.get_text_config().vocab_size
 
     def check(self, student: ModelDescription) -> None:
-        self.tokenizer = student.tokenizer  # the student's ids are the ones to decode
         check_compatibility(student, self.description)
 
     def prepare(self, student: PreTrainedModel, accelerator: Accelerator, score: Score) -> None:
@@ -108,17 +106,17 @@ class LocalTeacher(Teacher):
 
     def per_token_logps(self, rollout: dict[str, Any]) -> torch.Tensor:
         """
-        Log-probs of the sampled tokens, see [`Teacher`]; finite on every valid token.
+        Log-probs of the sampled tokens, see [`Teacher`].
 
         Raises:
-            `ValueError`: if a completion holds a token id that the teacher has no embedding for, or if a valid token's
-                log-prob is not finite.
+            `ValueError`: if a completion holds a token id that the teacher has no embedding for.
         """
         self._check_ids(rollout)
         with self.on_device():
-            logps = self.score(self.model, rollout)
-        check_finite("teacher", logps, rollout, valid_tokens(rollout), self.tokenizer)
-        return logps
+            return self.score(self.model, rollout)
+
+    def may_not_know(self, rows: list[dict[str, Any]]) -> list[bool]:
+        return [False] * len(rows)
 
     def hidden_states(self, rollout: dict[str, Any], read: ReadHiddenStates) -> HiddenStates:
         """See [`Teacher`]; raises `ValueError` as `per_token_logps` does for ids that the teacher does not have."""

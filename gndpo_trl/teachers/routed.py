@@ -11,9 +11,11 @@ from accelerate.utils import gather
 from datasets import Dataset
 from transformers import PreTrainedModel, TrainerCallback
 
+from ..grpo.hidden_states import HiddenStates
 from ..grpo.microbatches import select_rows
+from ..objective.distributions import LMHead
 from .compatibility import ModelDescription
-from .teacher import Score, Teacher
+from .teacher import ReadHiddenStates, Score, Teacher
 
 
 class RoutedTeacher(Teacher):
@@ -96,31 +98,55 @@ class RoutedTeacher(Teacher):
 
     def start(self, rollout: dict[str, Any]) -> None:
         self.asked = rollout, self._ask(rollout)
-        for teacher, question, _ in self.asked[1]:
+        for _, teacher, question, _ in self.asked[1]:
             teacher.start(question)
 
     def per_token_logps(self, rollout: dict[str, Any]) -> torch.Tensor:
-        before, questions = self.asked or (None, None)
-        self.asked = None
-        if before is not rollout:
-            questions = self._ask(rollout)
         ids = rollout["completion_ids"]
         logps = torch.zeros(ids.shape, dtype=torch.float32, device=ids.device)
-        for teacher, question, rows in questions:
+        for _, teacher, question, rows in self._asked(rollout):
             logps[rows] = teacher.per_token_logps(question)[: len(rows)].float()
         return logps
 
-    def _ask(self, rollout: dict[str, Any]) -> list[tuple[Teacher, dict[str, Any], list[int]]]:
-        """What each teacher is asked, and for which rows; the same teachers and numbers of rows on all processes."""
+    def may_not_know(self, rows: list[dict[str, Any]]) -> list[bool]:
+        return [self.teachers[row["teacher"]].may_not_know([row])[0] for row in rows]
+
+    def hidden_states(self, rollout: dict[str, Any], read: ReadHiddenStates) -> HiddenStates:
+        """See [`Teacher`]; the heads are in the order of `names`, `None` where no process has a row for the teacher."""
+        states: list[torch.Tensor | None] = [None] * len(rollout["completion_ids"])
+        heads: list[LMHead | None] = [None] * len(self.names)
+        for number, teacher, question, rows in self._asked(rollout):
+            found = teacher.hidden_states(question, read)
+            heads[number] = found.head
+            for row, of_row in zip(rows, found.rows, strict=False):  # those without anything to score come last
+                states[row] = of_row
+        return HiddenStates(states, next(filter(None, heads)), heads, self.route(rollout["rows"]))
+
+    def without_distributions(self) -> Teacher | None:
+        return next(filter(None, (teacher.without_distributions() for teacher in self.teachers.values())), None)
+
+    def _asked(self, rollout: dict[str, Any]) -> list[tuple[int, Teacher, dict[str, Any], list[int]]]:
+        """What the teachers have been asked of a rollout, or will be now."""
+        before, questions = self.asked or (None, None)
+        self.asked = None
+        return questions if before is rollout else self._ask(rollout)
+
+    def _ask(self, rollout: dict[str, Any]) -> list[tuple[int, Teacher, dict[str, Any], list[int]]]:
+        """
+        The number of each teacher, the teacher, what it is asked, and for which rows; the same teachers and numbers of rows on
+        all processes.
+        """
         numbers = self.route(rollout["rows"])
         rows = [[row for row, number in enumerate(numbers) if number == k] for k in range(len(self.names))]
         counts = torch.tensor([[len(mine) for mine in rows]], device=rollout["completion_ids"].device)
         questions = []
-        for teacher, mine, count in zip(self.teachers.values(), rows, gather(counts).amax(0).tolist(), strict=True):
+        for number, (teacher, mine, count) in enumerate(
+            zip(self.teachers.values(), rows, gather(counts).amax(0).tolist(), strict=True)
+        ):
             if count > 0:
                 question = select_rows(rollout, mine + [0] * (count - len(mine)))
                 question["completion_mask"][len(mine) :] = 0
-                questions.append((teacher, question, mine))
+                questions.append((number, teacher, question, mine))
         return questions
 
     def save_state(self, folder: str) -> None:

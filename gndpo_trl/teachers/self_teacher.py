@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,8 +15,7 @@ from transformers import PreTrainedModel
 
 from ..grpo.data_checks import rows_with_values
 from ..grpo.hidden_states import HiddenStates
-from ..grpo.rollouts import check_finite, valid_tokens
-from .compatibility import ModelDescription
+from ..grpo.trl_hooks import maybe_gather_lm_head_ctx
 from .local import LocalTeacher
 from .teacher import ReadHiddenStates, Score, Teacher
 from .weights import free_gathered, piece, piece_of, whole
@@ -68,8 +68,7 @@ class SelfTeacher(NeedsPrompts):
         offload (`bool`, *optional*, defaults to `False`): Whether the teacher's weights are kept in CPU memory.
 
     Raises:
-        `ValueError`: if no row has a prompt for the teacher, if the model is sharded by FSDP 1, during a run if log-probs
-            are not finite, or if a checkpoint to go on from holds no weights of such a teacher.
+        `ValueError`: if no row has a prompt for the teacher, if the model is sharded by FSDP 1, or if a checkpoint to go on from holds no weights of such a teacher.
     """
 
     def __init__(self, weights: str, decay: float = 0.999, sync_steps: int = 50, offload: bool = False):
@@ -77,9 +76,6 @@ class SelfTeacher(NeedsPrompts):
         self.decay, self.sync_steps, self.offload = decay, sync_steps, offload
         self.has_own_weights = weights in ("ema", "periodic")
         self.values: dict[str, torch.Tensor] = {}  # name of a parameter: this process's piece of the teacher's
-
-    def check(self, student: ModelDescription) -> None:
-        self.tokenizer = student.tokenizer
 
     def prepare(self, student: PreTrainedModel, accelerator: Accelerator, score: Score) -> None:
         plugin = getattr(accelerator.state, "fsdp_plugin", None)
@@ -110,12 +106,26 @@ class SelfTeacher(NeedsPrompts):
                 mine.copy_(now)
 
     def per_token_logps(self, rollout: dict[str, Any]) -> torch.Tensor:
-        """Log-probs of the sampled tokens, see [`Teacher`]; finite on every valid token, or `ValueError`."""
+        """Log-probs of the sampled tokens, see [`Teacher`]."""
         self.check_rows(rollout["rows"])
         with self._teaching():
-            logps = self.score(self.student, rollout)
-        check_finite("teacher", logps, rollout, valid_tokens(rollout), self.tokenizer)
-        return logps
+            return self.score(self.student, rollout)
+
+    def may_not_know(self, rows: list[dict[str, Any]]) -> list[bool]:
+        return [False] * len(rows)
+
+    def hidden_states(self, rollout: dict[str, Any], read: ReadHiddenStates) -> HiddenStates:
+        """See [`Teacher`]. The LM head is a copy where the student's is trained, whose weights will move on."""
+        self.check_rows(rollout["rows"])
+        with self._teaching():
+            states = read(self.student, rollout)
+            weights = [weight for weight in (states.head.weight, states.head.bias) if weight is not None]
+            if any(weight.requires_grad for weight in weights):
+                with maybe_gather_lm_head_ctx(*weights):
+                    head = states.head.on(torch.device("cpu"))
+                copies = (None if weight is None else weight.clone() for weight in (head.weight, head.bias))
+                states = HiddenStates(states.rows, replace(head, **dict(zip(("weight", "bias"), copies, strict=True))))
+        return states
 
     def save_state(self, folder: str) -> None:
         if not self.has_own_weights:
@@ -188,5 +198,5 @@ class InitialStudent(NeedsPrompts, LocalTeacher):
         return super().per_token_logps(rollout)
 
     def hidden_states(self, rollout: dict[str, Any], read: ReadHiddenStates) -> HiddenStates:
-        self.check_rows(rollout.get("rows", ()))  # without them a run goes on in the middle of a batch
+        self.check_rows(rollout["rows"])
         return super().hidden_states(rollout, read)

@@ -105,17 +105,25 @@ class Teacher(TrainerCallback):
             rollout (`dict`): The batch that `start` was called with.
 
         Returns:
-            `torch.Tensor` of shape `(B, T)`: log-probs in nats. NaN says that the teacher does not know the token: it
-            leaves the loss and all statistics, and is counted in `teacher/unknown_tokens`. Masked positions may hold
-            anything.
+            `torch.Tensor` of shape `(B, T)`: log-probs in nats. NaN says that the teacher does not know the token, see
+            `may_not_know`. Masked positions may hold anything.
         """
         raise NotImplementedError(f"{type(self).__name__} has no `per_token_logps`.")
+
+    def may_not_know(self, rows: list[dict[str, Any]]) -> list[bool]:
+        """
+        For each row whether NaN is an answer. If so, the token leaves the loss and all statistics, and is counted in
+        `teacher/unknown_tokens`; if not, it ends the run, as an infinite log-prob does. Models in this process know all
+        tokens.
+        """
+        return [True] * len(rows)
 
     def hidden_states(self, rollout: dict[str, Any], read: ReadHiddenStates) -> HiddenStates:
         """
         What the teacher knows of every token of the vocabulary at the sampled positions, for `score_baseline="expected"`
-        and `estimator="exact"`, which then ask for this instead of `per_token_logps`. A teacher that has it is a model in
-        this process; the others leave it out, and are refused for these two.
+        and `estimator="exact"`, which then ask for this instead of `per_token_logps`. A teacher that has it is made of models
+        in this process; the others leave it out, and are refused for these two. Where NaN is an answer (`may_not_know`), it
+        is one in the hidden states, too.
 
         Args:
             rollout (`dict`): The batch that `start` was called with.
@@ -126,6 +134,10 @@ class Teacher(TrainerCallback):
             [`HiddenStates`]
         """
         raise NotImplementedError(f"{type(self).__name__} has no `hidden_states`.")
+
+    def without_distributions(self) -> "Teacher | None":
+        """This teacher, or one of those that it stands for, if it has no `hidden_states`."""
+        return self if type(self).hidden_states is Teacher.hidden_states else None
 
     def save_state(self, folder: str) -> None:
         """Write what changes during a run into the folder of a checkpoint. Called on all ranks."""

@@ -2,11 +2,16 @@
 
 from trl import GRPOTrainer
 
-from gndpo_trl.grpo.vllm import LossWatchMixin
+from gndpo_trl.grpo.loss_seam import LossSeamMixin
+from gndpo_trl.grpo.vllm import SamplerWatch, VLLMMixin
 
 
-class Trainer(LossWatchMixin, GRPOTrainer):
-    """The mixin alone."""
+class Trainer(LossSeamMixin, VLLMMixin, GRPOTrainer):
+    """The mixin, and the watch of trainers that leave scoring to TRL, alone."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.surrogate = SamplerWatch(self._watch_sampling_logps)
 
 
 def some_reward(completions, completion_ids, **kwargs):

@@ -1,0 +1,57 @@
+"""Which estimator the arguments and the configuration name."""
+
+from collections.abc import Callable
+
+import torch
+
+from ..config import GNDPOConfig
+from ..objective.advantages import Population
+from ..objective.scores import Score
+from .estimator import Estimator, Sampled
+from .sampler_statistics import SamplerStatistics
+from .vocabulary import Baseline, Exact
+
+
+def get_estimator(
+    estimator: Estimator | None,
+    args: GNDPOConfig,
+    score: Score,
+    population: Population,
+    mix: Callable[..., torch.Tensor],
+) -> Estimator:
+    """
+    The estimator that the trainer's arguments and the configuration name.
+
+    Raises:
+        `TypeError`: if it is none.
+        `ValueError`: if it is given twice.
+    """
+    defaults = {"estimator": "sampled", "score_baseline": None, "use_sampling_logps": False}
+    if estimator is not None:
+        if not isinstance(estimator, Estimator):
+            raise TypeError(
+                f"`estimator` is {estimator!r}, but the trainer takes an `Estimator` there. Those that have a name are set in "
+                "the configuration: `GNDPOConfig(estimator=...)`."
+            )
+        for name, default in defaults.items():
+            if getattr(args, name) != default:
+                raise ValueError(
+                    f"The estimator is given twice: `estimator` was passed to the trainer, and `{name}` is "
+                    f"{getattr(args, name)!r} in the configuration. Keep one of them."
+                )
+        return estimator
+    if args.estimator == "exact":
+        # "cispo" clips the ratio and no gradient.
+        high = args.epsilon if args.epsilon_high is None else args.epsilon_high
+        return Exact(
+            args.score_clip,
+            f"`estimator` is {args.estimator!r}",
+            std_floor=args.std_floor,
+            has_baseline=args.score_baseline is not None,
+            clip_range=None if args.loss_type == "cispo" else (1 - args.epsilon, 1 + high),
+        )
+    if args.score_baseline is not None:
+        return Baseline(args.score_clip, f"`score_baseline` is {args.score_baseline!r}")
+    if args.use_sampling_logps:
+        return SamplerStatistics(score, population, mix)
+    return Sampled()

@@ -1,0 +1,59 @@
+"""Advantages whose μ and σ are of the sampler's log-probs, and which the loss makes of its own: `use_sampling_logps`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from ..grpo.rollouts import non_finite, valid_tokens
+from ..objective.advantages import Population
+from ..objective.scores import Score
+from .estimator import Sampled
+from .reading import Reading, raise_together
+
+
+class SamplerStatistics(Sampled):
+    """
+    [`Sampled`], without the pass that scores the student. In training, the scores of a generation batch are estimated from
+    the sampler's log-probs; they give the statistics, and what is logged. A token's own score is made in the loss, of the
+    log-prob of its forward pass.
+
+    Args:
+        score ([`Score`]): Makes scores.
+        population ([`Population`]): Normalizes them by moments that it is given.
+        mix (`Callable`): Makes what the loss takes of advantages `(B, T)`, advantages `(B,)` of the rewards, and a mask.
+    """
+
+    def __init__(self, score: Score, population: Population, mix: Callable[..., torch.Tensor]):
+        self.score, self.population, self.mix = score, population, mix
+
+    def read(self, rollout, question):
+        # Evaluation may sample at another temperature, and a pass more costs little there.
+        if not self.passes.is_training:
+            return super().read(rollout, question)
+        if "sampling_per_token_logps" not in rollout:
+            raise ValueError(
+                "`use_sampling_logps` is True, but the sampler returned no log-probs. Have `rollout_func` return "
+                "`logprobs`, or switch it off."
+            )
+        return Reading(self.passes.teacher_logps(question), rollout["sampling_per_token_logps"], is_estimate=True)
+
+    def for_the_loss(self, rollout, reading, moments):
+        if not reading.is_estimate:
+            return {}
+        return {
+            "teacher_per_token_logps": reading.teacher_logps,
+            "reference_logps": reading.reference_logps,
+            "reward_advantages": rollout["advantages"],
+            "score_moments": moments,
+        }
+
+    def advantages_in_loss(self, logps: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
+        if "teacher_per_token_logps" not in inputs:
+            return super().advantages_in_loss(logps, inputs)
+        logps, mask = logps.detach(), valid_tokens(inputs)
+        raise_together([non_finite("student", logps, inputs, mask, self.passes.tokenizer)], logps.device)
+        self.passes.watch_sampler(inputs, logps)
+        scores = self.score(inputs["teacher_per_token_logps"], logps, mask, inputs["reference_logps"])
+        advantages = self.population.whiten(scores.shaped, mask, inputs["score_moments"])
+        return self.mix(advantages, inputs["reward_advantages"], mask)
