@@ -73,7 +73,8 @@ class BatchLogsMixin(RewardStandInMixin, TokenViewMixin):
         is_eos = torch.isin(batch.rollout["completion_ids"], torch.tensor(self.eos_token_ids, device=mask.device))
         parts = [torch.ones_like(batch.undefined)]  # all completions, and those of each teacher
         if batch.teachers is not None:
-            parts += [batch.teachers == number for number in range(len(self.teacher.names))]
+            teachers = batch.teachers.to(mask.device)
+            parts += [teachers == number for number in range(len(self.teacher.names))]
         statistics = torch.stack(
             [
                 score_statistics(

@@ -1,21 +1,25 @@
-import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers.trainer_utils import SchedulerType
 from trl import GRPOConfig
 
+from .config_checks import (
+    ESTIMATORS,
+    SCORE_BASELINES,
+    TEACHER_WEIGHTS,
+    advantage_problems,
+    estimator_problems,
+    loss_problems,
+    sampling_statistics_problems,
+    score_problems,
+    teacher_problems,
+    warn_on_level,
+    warn_on_single_prompt,
+)
 from .grpo.config import ExtendedGRPOConfig
 from .objective.advantages import ADVANTAGE_NORMALIZATIONS
-
-
-# What `teacher_weights` may be; the docstring says what each means.
-TEACHER_WEIGHTS = ("initial", "ema", "periodic", "live")
-SCORE_BASELINES = ("expected",)
-ESTIMATORS = ("sampled", "exact")
-
-# Losses that go on from a sum over tokens with advantages of both signs. "sapo" and "vespo" treat the signs differently.
-LOSSES_OF_EXPECTATIONS = ("grpo", "dapo", "dr_grpo", "bnpo", "luspo", "cispo")
 
 
 class _SingleGeneration(int):
@@ -23,21 +27,6 @@ class _SingleGeneration(int):
 
     def __lt__(self, other):
         return other != 2 and int(self) < other
-
-
-def check_loss_and_level(loss_type: str, level: str) -> None:
-    """
-    Warn where the level of the importance ratio, "sequence_token" or "token", is not the one that a loss is made for.
-
-    "luspo" is made for the ratio of the sequence, which is "sequence_token" here. "vespo" forms a ratio of its own, the
-    same at both levels. All other losses are made for either.
-    """
-    if loss_type == "luspo" and level == "token":
-        warnings.warn(
-            '`importance_sampling_level` is "token", but `loss_type` is "luspo", which is made for one ratio per '
-            'completion: with ratios per token it is the sum of GRPO\'s token losses. Set "sequence_token".',
-            stacklevel=2,
-        )
 
 
 @dataclass
@@ -86,6 +75,13 @@ class GNDPOConfig(ExtendedGRPOConfig):
         teacher_sync_steps (`int`, *optional*, defaults to `50`):
             Number of optimizer steps between two copies, for `teacher_weights="periodic"`.
 
+        > Parameters that control the generation batch
+
+        num_generations (`int`, *optional*, defaults to `1`):
+            Number of completions per prompt. Distillation compares no completions of a prompt, so that one of each of
+            many prompts says most for its tokens. More are needed for `reward_coef`, and share their prompt in forward
+            passes.
+
         > Parameters that control the evaluation
 
         eval_temperature (`float`, *optional*):
@@ -122,10 +118,10 @@ class GNDPOConfig(ExtendedGRPOConfig):
         score_clip (`float`, *optional*, defaults to `5.0`):
             Bound c, in nats, of the clamp of the scores (teacher log-prob minus student log-prob) to [-c, c] before
             they are normalized. `None` turns the clamp off.
-        advantage_normalization (`str`, *optional*, defaults to `"global"`):
-            Population over which the clamped scores are whitened. `"global"`: all valid tokens of the generation
-            batch, on all ranks and in all accumulation steps (GNDPO). `"none"`: no whitening, the clamped scores are
-            the advantages (on-policy distillation). `"group"`: the tokens of the completions of the same prompt.
+        advantage_normalization (`str`, *optional*):
+            Population over which the clamped scores are whitened. `None` is `"global"`, or `"none"` with `score_power`.
+            `"global"`: all valid tokens of the generation batch, on all ranks and in all accumulation steps (GNDPO).
+            `"none"`: no whitening, the clamped scores are the advantages (on-policy distillation). `"group"`: the tokens of the completions of the same prompt.
             `"sequence"`: the tokens of the same completion. `"teacher"`: the tokens that the same one of several
             teachers scored, since teachers differ in scale.
         std_floor (`float`, *optional*, defaults to `0.0`):
@@ -137,10 +133,10 @@ class GNDPOConfig(ExtendedGRPOConfig):
             above 1 the student is led beyond its teacher. The reference is TRL's with `beta`, else a copy of the student
             or, for a PEFT student, what lies under its adapters.
         score_power (`float`, *optional*, defaults to `0.0`):
-            Exponent α of PowerOPD: what is whitened is the difference `π_teacher^α - π_student^α` of the sampled token's
-            probabilities, which needs no clamp (`score_clip=None`), and which PowerOPD does not whiten
-            (`advantage_normalization="none"`). 0 is the paper: the difference of log-probs. Metrics of scores stay in
-            nats.
+            Exponent α of PowerOPD: the score is the difference `π_teacher^α - π_student^α` of the sampled token's
+            probabilities. It needs no clamp, so that the default of `score_clip` means none, and PowerOPD does not whiten
+            it, so that `advantage_normalization` is `"none"` unless it is set. 0 is the paper: the difference of
+            log-probs. Metrics of scores stay in nats.
         score_discount (`float`, *optional*, defaults to `0.0`):
             Discount γ of the clamped scores of later tokens, which are added to those of a token before they are
             normalized. 0 is the paper: each token for itself. 1 adds up all that follow.
@@ -186,8 +182,7 @@ class GNDPOConfig(ExtendedGRPOConfig):
         weight_decay (`float`, *optional*, defaults to `0.01`):
             Weight decay of AdamW, see [`~transformers.TrainingArguments`].
 
-    `num_generations=1` is allowed, unlike in [`~trl.GRPOConfig`]: distillation compares no completions of a group. The
-    student is scored at the sampling `temperature`, the teacher always at temperature 1.
+    `num_generations=1` is allowed, unlike in [`~trl.GRPOConfig`]. The student is scored at the sampling `temperature`, the teacher always at temperature 1.
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.GRPOConfig`]; they are those of the paper's code:
@@ -196,6 +191,10 @@ class GNDPOConfig(ExtendedGRPOConfig):
     > - `lr_scheduler_type`: Defaults to `"constant"` instead of `"linear"`.
     > - `weight_decay`: Defaults to `0.01` instead of `0.0`.
     > - `vllm_importance_sampling_correction`: Defaults to `False` instead of `True`.
+    >
+    > This one is not (it samples 16 completions of each of 32 prompts, which takes 8 GPUs):
+    > - `num_generations`: Defaults to `1` instead of `8`, so that a generation batch of one device holds 8 prompts, over
+    >   which the method normalizes, and not one.
     >
     > These keep the value they have there, which is that of the paper's code too: `beta=0.0`, `epsilon=0.2`,
     > `learning_rate=1e-6`, `max_grad_norm=1.0`, `temperature=1.0`, `top_p=1.0`.
@@ -277,6 +276,16 @@ class GNDPOConfig(ExtendedGRPOConfig):
         metadata={"help": 'Number of optimizer steps between two copies, for `teacher_weights="periodic"`.'},
     )
 
+    # Parameters that control the generation batch
+    num_generations: int | None = field(
+        default=1,
+        metadata={
+            "help": "Number of completions per prompt. Distillation compares no completions of a prompt, so that one of each "
+            "of many prompts says most for its tokens. More are needed for `reward_coef`, and share their prompt in forward "
+            "passes."
+        },
+    )
+
     # Parameters that control scoring
     use_sampling_logps: bool = field(
         default=False,
@@ -296,10 +305,11 @@ class GNDPOConfig(ExtendedGRPOConfig):
             "[-c, c] before they are normalized. `None` turns the clamp off."
         },
     )
-    advantage_normalization: str = field(
-        default="global",
+    advantage_normalization: str | None = field(
+        default=None,
         metadata={
-            "help": 'Population over which the clamped scores are whitened. `"global"`: all valid tokens of the '
+            "help": 'Population over which the clamped scores are whitened. `None` is `"global"`, or `"none"` with '
+            '`score_power`. `"global"`: all valid tokens of the '
             'generation batch, on all ranks and in all accumulation steps (GNDPO). `"none"`: no whitening, the '
             'clamped scores are the advantages (on-policy distillation). `"group"`: the tokens of the completions '
             'of the same prompt. `"sequence"`: the tokens of the same completion. `"teacher"`: the tokens that the '
@@ -326,10 +336,10 @@ class GNDPOConfig(ExtendedGRPOConfig):
     score_power: float = field(
         default=0.0,
         metadata={
-            "help": "Exponent α of PowerOPD: what is whitened is the difference `π_teacher^α - π_student^α` of the sampled "
-            "token's probabilities, which needs no clamp (`score_clip=None`), and which PowerOPD does not whiten "
-            '(`advantage_normalization="none"`). 0 is the paper: the difference of log-probs. Metrics of scores stay in '
-            "nats."
+            "help": "Exponent α of PowerOPD: the score is the difference `π_teacher^α - π_student^α` of the sampled token's "
+            "probabilities. It needs no clamp, so that the default of `score_clip` means none, and PowerOPD does not whiten "
+            'it, so that `advantage_normalization` is `"none"` unless it is set. 0 is the paper: the difference of '
+            "log-probs. Metrics of scores stay in nats."
         },
     )
     score_discount: float = field(
@@ -421,169 +431,27 @@ class GNDPOConfig(ExtendedGRPOConfig):
     )
 
     def __post_init__(self):
-        if self.score_clip is not None and not self.score_clip > 0:
-            raise ValueError(
-                f"`score_clip` is {self.score_clip}, but it bounds the scores to [-score_clip, score_clip] and must "
-                "be positive. Use the reference's 5.0, or None to turn the clamp off."
-            )
-        if self.advantage_normalization not in ADVANTAGE_NORMALIZATIONS:
-            raise ValueError(
-                f"`advantage_normalization` is {self.advantage_normalization!r}. Choose one of "
-                f"{', '.join(map(repr, ADVANTAGE_NORMALIZATIONS))}."
-            )
-        if self.teacher_weights not in TEACHER_WEIGHTS:
-            raise ValueError(
-                f"`teacher_weights` is {self.teacher_weights!r}. Choose one of {', '.join(map(repr, TEACHER_WEIGHTS))}."
-            )
-        if not 0 <= self.teacher_ema_decay < 1:
-            raise ValueError(
-                f"`teacher_ema_decay` is {self.teacher_ema_decay}, but it is the share of the average that a step leaves: "
-                "give a number from 0 up to, but not including, 1. A teacher that never moves is "
-                '`teacher_weights="initial"`.'
-            )
-        if self.teacher_sync_steps < 1:
-            raise ValueError(
-                f"`teacher_sync_steps` is {self.teacher_sync_steps}, but it is a number of optimizer steps. Give a "
-                'positive one; a teacher that never moves is `teacher_weights="initial"`.'
-            )
-        check_loss_and_level(self.loss_type, self.importance_sampling_level)
-        self._check_expectations()
-        if not self.std_floor >= 0:
-            raise ValueError(
-                f"`std_floor` is {self.std_floor}, but it is a lower bound of a standard deviation. Use 0.0 for the "
-                "reference's behaviour, or a positive number of nats."
-            )
-        if not 0 < self.extrapolation < float("inf"):
-            raise ValueError(
-                f"`extrapolation` is {self.extrapolation}, but it weighs what the teacher adds to the student's beginning. "
-                "Use 1.0 for the plain score, or another positive number."
-            )
-        self._check_score_power()
-        if not 0 <= self.score_discount <= 1:
-            raise ValueError(
-                f"`score_discount` is {self.score_discount}, but it is the weight of the next token's score. Give a number "
-                "from 0, the paper's, to 1."
-            )
-        for name in ("distillation_coef", "reward_coef"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise ValueError(
-                    f"`{name}` is {getattr(self, name)}, but it weighs one of two parts of the advantages. Give a number "
-                    "from 0 on."
-                )
-        if self.distillation_coef == self.reward_coef == 0:
-            raise ValueError(
-                "`distillation_coef` and `reward_coef` are both 0, so that nothing would be learned. Raise one of them."
-            )
-        if self.reward_coef != 0 and self.num_generations == 1:
-            raise ValueError(
-                f"`reward_coef` is {self.reward_coef}, but `num_generations` is 1: a reward is compared with those of other "
-                "completions of its prompt. Raise `num_generations`, or leave `reward_coef` at 0."
-            )
-        if self.importance_sampling_level == "sequence":
-            raise ValueError(
-                '`importance_sampling_level="sequence"` gives every token of a completion the same gradient, so the '
-                'token-level advantages of the teacher would be averaged away. Use "sequence_token" (GSPO-token: '
-                'the same ratio, a gradient per token) or "token".'
-            )
-        if self.importance_sampling_level not in ("sequence_token", "token"):
-            raise ValueError(
-                f'`importance_sampling_level` is {self.importance_sampling_level!r}. Choose "sequence_token" or '
-                '"token".'
-            )
-        if not 0 < self.teacher_server_timeout < self.ddp_timeout:
-            raise ValueError(
-                f"`teacher_server_timeout` is {self.teacher_server_timeout}, but it must be positive, and shorter than "
-                f"`ddp_timeout` ({self.ddp_timeout}), after which ranks stop to wait for one another. Raise the latter "
-                "if it takes that long."
-            )
-        if self.use_sampling_logps and self.vllm_importance_sampling_correction:
-            raise ValueError(
-                "`use_sampling_logps` saves the student's scoring pass, and `vllm_importance_sampling_correction` needs "
-                "it. Switch one of them off."
-            )
+        if self.score_power != 0:
+            # PowerOPD's own: scores that lie between -1 and 1 need no clamp, and are not whitened.
+            self.score_clip = None if self.score_clip == 5.0 else self.score_clip
+            self.advantage_normalization = self.advantage_normalization or "none"
+        self.advantage_normalization = self.advantage_normalization or "global"
         # TRL refuses a single generation per prompt because it has no group to compare it with; distillation needs
         # no group. Everything else that TRL checks about `num_generations` still applies.
-        single = self.num_generations == 1
-        if single:
+        is_single = self.num_generations == 1
+        if is_single:
             self.num_generations = _SingleGeneration(1)
         super().__post_init__()
-        if single:
+        if is_single:
             self.num_generations = 1
-        generate_every = self.steps_per_generation * self.num_iterations
-        if self.use_sampling_logps and self.gradient_accumulation_steps % generate_every != 0:
-            raise ValueError(
-                f"`use_sampling_logps` needs one optimizer step per generation batch, but `steps_per_generation` "
-                f"({self.steps_per_generation}) × `num_iterations` ({self.num_iterations}) is more than "
-                f"`gradient_accumulation_steps` ({self.gradient_accumulation_steps}): later steps have to know the "
-                "log-probs of the student that sampled. Switch it off, or raise `gradient_accumulation_steps`."
-            )
-        if self.generation_batch_size == self.num_generations > 1 and self.advantage_normalization == "global":
-            warnings.warn(
-                f"A generation batch holds {self.num_generations} completions of a single prompt "
-                f"(`generation_batch_size` {self.generation_batch_size}, `num_generations` {self.num_generations}), so "
-                'that `advantage_normalization="global"` is the same as "group". For the statistics of many prompts, raise '
-                "`gradient_accumulation_steps` or `per_device_train_batch_size`, or lower `num_generations`.",
-                stacklevel=2,
-            )
+        warn_on_level(self)
+        warn_on_single_prompt(self)
 
-    def _check_score_power(self) -> None:
-        """Raise `ValueError` where `score_power` is no exponent, or another field is about differences of log-probs."""
-        if not 0 <= self.score_power < float("inf"):
-            raise ValueError(
-                f"`score_power` is {self.score_power}, but it is an exponent of probabilities. Use 0.0 for the paper's "
-                "difference of log-probs, or a positive number; 1.0 compares the probabilities themselves."
-            )
-        if self.score_power != 0 and self.score_clip is not None:
-            raise ValueError(
-                f"`score_power` is {self.score_power}, so that scores lie between -1 and 1, and `score_clip` "
-                f"({self.score_clip}) is a number of nats. Set `score_clip` to None."
-            )
-        if self.score_power != 0 and self.extrapolation != 1.0:
-            raise ValueError(
-                f"`score_power` is {self.score_power} and `extrapolation` {self.extrapolation}, but extrapolated are "
-                "differences of log-probs. Set `score_power` to 0.0, or `extrapolation` to 1.0."
-            )
+    def _problems(self) -> Iterator[str]:
+        yield from super()._problems()
+        for find in (score_problems, advantage_problems, teacher_problems, loss_problems, estimator_problems):
+            yield from find(self)
 
-    def _check_expectations(self) -> None:
-        """Raise `ValueError` where `score_baseline` or `estimator` is unknown or does not go with another field."""
-        if self.score_baseline not in (None, *SCORE_BASELINES):
-            raise ValueError(f"`score_baseline` is {self.score_baseline!r}. Choose None or 'expected'.")
-        if self.estimator not in ESTIMATORS:
-            raise ValueError(f"`estimator` is {self.estimator!r}. Choose one of {', '.join(map(repr, ESTIMATORS))}.")
-        asked = 'score_baseline="expected"' if self.score_baseline is not None else f'estimator="{self.estimator}"'
-        if asked != 'estimator="sampled"':
-            reasons = {
-                "use_sampling_logps": (self.use_sampling_logps, "the sampler says nothing about the other tokens"),
-                "torch_compile": (self.torch_compile, "a compiled model does not hand out its hidden states"),
-                "extrapolation": (self.extrapolation != 1.0, "the reference's distribution is not looked at"),
-                "score_power": (self.score_power != 0, "expectations are of differences of log-probs"),
-                "score_discount": (
-                    self.score_discount != 0.0,
-                    "what follows a token is known of the sampled one only",
-                ),
-            }
-            if self.estimator == "exact":
-                asked = 'estimator="exact"'
-                reasons |= {
-                    "reward_coef": (self.reward_coef != 0, "a reward belongs to the sampled tokens"),
-                    "distillation_coef": (self.distillation_coef != 1.0, "there is nothing to weigh it against"),
-                    "beta": (self.beta != 0, "the KL divergence to the reference model is that of sampled tokens"),
-                    "importance_sampling_level": (
-                        self.importance_sampling_level == "token",
-                        'the ratio of a token is part of the sum over all tokens; set "sequence_token"',
-                    ),
-                    "loss_type": (
-                        self.loss_type not in LOSSES_OF_EXPECTATIONS,
-                        "advantages of both signs meet in a position, which this loss treats differently; choose one of "
-                        + ", ".join(map(repr, LOSSES_OF_EXPECTATIONS)),
-                    ),
-                    "off_policy_mask_threshold": (
-                        self.off_policy_mask_threshold is not None,
-                        "it looks at the sign of an advantage, and a position has advantages of both signs",
-                    ),
-                }
-            for name, (is_set, reason) in reasons.items():
-                if is_set:
-                    raise ValueError(
-                        f"`{name}` is {getattr(self, name)!r}, which does not go with `{asked}`: {reason}."
-                    )
+    def _late_problems(self) -> Iterator[str]:
+        yield from super()._late_problems()
+        yield from sampling_statistics_problems(self)

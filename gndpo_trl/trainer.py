@@ -1,6 +1,7 @@
 """GNDPO, from the rollout to the advantages."""
 
 import textwrap
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -8,6 +9,7 @@ from os import PathLike, fspath
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather
 from datasets import Dataset, DatasetDict, IterableDataset, IterableDatasetDict
 from peft import PeftConfig, PeftModel
@@ -22,7 +24,7 @@ from transformers import (
 from .batch_logs import BatchLogsMixin, ScoredBatch
 from .clock import Clock
 from .config import GNDPOConfig
-from .estimators import Estimator, Passes, Reading
+from .estimators import Estimator, Passes
 from .estimators.from_config import get_estimator
 from .estimators.reading import settle
 from .grpo.launch import check_final_save
@@ -52,8 +54,7 @@ class GNDPOTrainer(SequenceTokenMixin, QuestionsMixin, BatchLogsMixin, ExtendedG
     log-prob`, is clamped and whitened over all valid tokens of the generation batch, on all ranks; the result is the
     token-level advantage of TRL's clipped policy-gradient loss. Everything else is [`~trl.GRPOTrainer`].
 
-    The teacher reads the student's prompt, or the column `teacher_prompt` of the data where a row has one, see
-    [`~teachers.prompts.TeacherPrompts`], or what `teacher_prompt_fn` writes after sampling.
+    The teacher reads the student's prompt, or one of its own, see [`~teachers.prompts.TeacherPrompts`].
 
     Example:
 
@@ -97,7 +98,7 @@ class GNDPOTrainer(SequenceTokenMixin, QuestionsMixin, BatchLogsMixin, ExtendedG
 
     Raises:
         `ValueError`: at construction, if there is no teacher or if it cannot score what the student samples; during a
-            run, if the student returns non-finite log-probs or the teacher infinite ones.
+            run, on all ranks, if log-probs are not finite, see [`~estimators.reading.settle`].
         [`~grpo.checkpoints.RunCannotGoOn`]: during a run, with a checkpoint, if the teacher's servers do not answer.
     """
 
@@ -151,17 +152,20 @@ class GNDPOTrainer(SequenceTokenMixin, QuestionsMixin, BatchLogsMixin, ExtendedG
         if args is None:
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GNDPOConfig(f"{model_name.split('/')[-1]}-GNDPO")
-        check_arguments(args, rollout_func, teacher_model, teacher_prompt_fn)
+        check_arguments(args, reward_funcs, rollout_func, teacher_model, teacher_prompt_fn)
         student = Student(model, processing_class, is_peft=peft_config is not None or isinstance(model, PeftModel))
         self.teacher = get_teacher(teacher_model, teacher_processing_class, args, student)
         self.reference = get_reference(self.teacher, args, student)
         self.teacher_prompt_fn = teacher_prompt_fn
         self.score = Score(args.score_clip, args.score_power, args.extrapolation, args.score_discount)
-        self.population = Population(args.advantage_normalization, args.std_floor, gather=gather)
+        names, rank = self.teacher.names, PartialState().process_index
+        self.population = Population(
+            args.advantage_normalization, args.std_floor, num_teachers=len(names), gather=gather, process_index=rank
+        )
         self.mix = partial(mix_advantages, distillation_coef=args.distillation_coef, reward_coef=args.reward_coef)
         self.estimator = self.surrogate = get_estimator(estimator, args, self.score, self.population, self.mix)
         self.estimator.check(self.teacher)
-        self._check_scorers(model, processing_class, args)
+        check_scorers(self._scorers(), model, processing_class, args)
 
         super().__init__(
             model=model,
@@ -189,12 +193,10 @@ class GNDPOTrainer(SequenceTokenMixin, QuestionsMixin, BatchLogsMixin, ExtendedG
             scorer.prepare(self.model, self.accelerator, self._per_token_logps)
             for callback in scorer.callbacks():
                 self.add_callback(callback)
-        self.estimator.prepare(Passes(self))
+        self.passes = Passes(self)
+        self.estimator.prepare(self.passes)
         self.add_callback(RunWarnings())
-        vocab_size = self.model.config.get_text_config().vocab_size
-        if self.teacher.vocab_size is not None and self.teacher.vocab_size < vocab_size and not self.use_vllm:
-            # The student's vocabulary is padded further than the teacher's; the rows beyond are no tokens.
-            suppress_tokens(self, range(self.teacher.vocab_size, vocab_size))
+        suppress_padding_ids(self)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
@@ -204,9 +206,8 @@ class GNDPOTrainer(SequenceTokenMixin, QuestionsMixin, BatchLogsMixin, ExtendedG
         question = self._question(mode, rollout, inputs)
         # log pi_T and log pi_old of every sampled token. What is unknown leaves the loss.
         reading = self.estimator.read(rollout, question)
-        reading.reference_logps = self._reference_logps(rollout, inputs)
+        reading.reference_logps = self.passes.reference_logps(rollout, inputs)
         mask = settle(rollout, reading, self.teacher.may_not_know(inputs), self._tokenizer)
-        self._watch_reading(rollout, reading)
         # Scores in nats, log pi_T - log pi_old, clamped.
         scores = self.score(reading.teacher_logps, reading.student_logps, mask, reading.reference_logps)
         # Whitened over all valid tokens of the generation batch, on all ranks and in all accumulation steps.
@@ -225,38 +226,13 @@ class GNDPOTrainer(SequenceTokenMixin, QuestionsMixin, BatchLogsMixin, ExtendedG
 
     def _population_of(self, mode: str, rows: list[dict[str, Any]]) -> Population:
         """Whom the completions of these rows are compared with."""
-        return replace(
-            self.population,
-            num_generations=self.num_generations if mode == "train" else self.num_generations_eval,
-            teachers=torch.tensor(self.teacher.route(rows), device=self.accelerator.device)
-            if self.teacher.names
-            else None,
-            num_teachers=len(self.teacher.names),
-            process_index=self.accelerator.process_index,
-        )
-
-    def _reference_logps(self, rollout: dict[str, Any], rows: list[dict[str, Any]]) -> torch.Tensor | None:
-        """Log-probs `(B, T)` of the sampled tokens under the student before training, if scores need them."""
-        if self.reference is None:
-            return rollout["ref_per_token_logps"] if self.args.extrapolation != 1.0 else None
-        with self.clock.phase("reference_scoring"), torch.no_grad():
-            return self.reference.per_token_logps({**rollout, "rows": rows})
-
-    def _watch_reading(self, rollout: dict[str, Any], reading: Reading) -> None:
-        # Where TRL has scored the student, it has been compared with its sampler; where nobody has, the loss will.
-        if "old_per_token_logps" not in rollout and not reading.is_estimate:
-            self._watch_sampling_logps(rollout, reading.student_logps)
+        num_generations = self.num_generations if mode == "train" else self.num_generations_eval
+        teachers = torch.tensor(self.teacher.route(rows)) if self.teacher.names else None
+        return replace(self.population, num_generations=num_generations, teachers=teachers)
 
     def _scorers(self) -> list[Teacher]:
         is_another = self.reference is not None and self.reference is not self.teacher
         return [self.teacher, self.reference] if is_another else [self.teacher]
-
-    def _check_scorers(self, model: Any, processing_class: Any, args: GNDPOConfig) -> None:
-        kwargs = args.model_init_kwargs or {}
-        trust_remote_code = kwargs.get("trust_remote_code", args.trust_remote_code)
-        description = describe("model", model, processing_class, kwargs.get("revision"), trust_remote_code)
-        for scorer in self._scorers():
-            scorer.check(description)
 
     def _save_state(self, folder):
         super()._save_state(folder)
@@ -269,8 +245,24 @@ class GNDPOTrainer(SequenceTokenMixin, QuestionsMixin, BatchLogsMixin, ExtendedG
         self.estimator.load_state(folder)
 
 
+def suppress_padding_ids(trainer: GNDPOTrainer) -> None:
+    """Keep a student whose vocabulary is padded further than its teacher's from sampling the rows beyond: no tokens."""
+    known, vocab_size = trainer.teacher.vocab_size, trainer.model.config.get_text_config().vocab_size
+    if known is not None and known < vocab_size and not trainer.use_vllm:
+        suppress_tokens(trainer, range(known, vocab_size))
+
+
+def check_scorers(scorers: list[Teacher], model: Any, processing_class: Any, args: GNDPOConfig) -> None:
+    """Have teacher and reference compare themselves with the student, before the weights of any are loaded."""
+    kwargs = args.model_init_kwargs or {}
+    trust_remote_code = kwargs.get("trust_remote_code", args.trust_remote_code)
+    description = describe("model", model, processing_class, kwargs.get("revision"), trust_remote_code)
+    for scorer in scorers:
+        scorer.check(description)
+
+
 def check_arguments(
-    args: GNDPOConfig, rollout_func: Callable | None, teacher_model: Any, teacher_prompt_fn: Any
+    args: GNDPOConfig, reward_funcs: Any, rollout_func: Callable | None, teacher_model: Any, teacher_prompt_fn: Any
 ) -> None:
     """Raise before anything is loaded where the trainer's arguments cannot be meant so."""
     if not isinstance(args, GNDPOConfig):
@@ -282,6 +274,12 @@ def check_arguments(
         raise TypeError(
             f"`teacher_prompt_fn` is {teacher_prompt_fn!r}, but has to be a function of rows and completions. Pass the "
             "function itself; prompts that are known before sampling go into the column `teacher_prompt`."
+        )
+    if reward_funcs and args.reward_coef == 0:
+        warnings.warn(
+            "`reward_funcs` are computed and logged, but nothing is learned from them: `reward_coef` is 0. Set it to add their "
+            "advantages to the teacher's.",
+            stacklevel=3,
         )
     if args.save_strategy != "no":
         check_final_save(args)

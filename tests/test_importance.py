@@ -5,7 +5,6 @@ import warnings
 import pytest
 import torch
 
-from gndpo_trl.config import check_loss_and_level
 from gndpo_trl.objective.importance import MAX_LOG_RATIO, sequence_token_logps
 
 
@@ -98,15 +97,15 @@ def test_vespo_is_the_same_at_either_level(loss_and_gradient):
     assert gradient.abs().max() > 1e-2
 
 
-def test_a_level_that_does_not_fit_the_loss_is_warned_about():
+def test_a_level_that_does_not_fit_the_loss_is_warned_about(make_config):
     with pytest.warns(UserWarning, match='`importance_sampling_level` is "token".*"luspo".*Set "sequence_token"'):
-        check_loss_and_level("luspo", "token")
+        make_config(loss_type="luspo", importance_sampling_level="token")
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         for loss in ("grpo", "dr_grpo", "dapo", "bnpo", "cispo", "sapo", "vespo"):
             for level in ("sequence_token", "token"):
-                check_loss_and_level(loss, level)
-        check_loss_and_level("luspo", "sequence_token")
+                make_config(loss_type=loss, importance_sampling_level=level)
+        make_config(loss_type="luspo", importance_sampling_level="sequence_token")
 
 
 @pytest.mark.parametrize(

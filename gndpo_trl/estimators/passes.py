@@ -30,12 +30,22 @@ class Passes:
     def student_logps(self, rollout: dict[str, Any]) -> torch.Tensor:
         """Log-probs `(B, T)`, in nats and without gradient, of the sampled tokens under the student."""
         with self.clock.phase("student_scoring"):
-            return self._trainer._per_token_logps(self._trainer.model, rollout)
+            logps = self._trainer._per_token_logps(self._trainer.model, rollout)
+        self.watch_sampler(rollout, logps)
+        return logps
 
     def teacher_logps(self, question: dict[str, Any]) -> torch.Tensor:
         """The same under the teacher, who reads `question`: the rollout, after prompts of its own where it has them."""
         with self.clock.phase("teacher_scoring"), torch.no_grad():
             return self._trainer.teacher.per_token_logps(question)
+
+    def reference_logps(self, rollout: dict[str, Any], rows: list[dict[str, Any]]) -> torch.Tensor | None:
+        """The same under the student before training, if scores need them; `rows` are those of the data."""
+        trainer = self._trainer
+        if trainer.reference is None:
+            return rollout["ref_per_token_logps"] if trainer.args.extrapolation != 1.0 else None
+        with self.clock.phase("reference_scoring"), torch.no_grad():
+            return trainer.reference.per_token_logps({**rollout, "rows": rows})
 
     def student_states(self, rollout: dict[str, Any]) -> HiddenStates:
         """Last hidden states of the student at the sampled tokens, and its LM head."""

@@ -62,6 +62,7 @@ class WholeVocabulary(Estimator):
         student_logps = rollout.get("old_per_token_logps")
         if student_logps is None:
             student_logps = distributions.student_logps
+            self.passes.watch_sampler(rollout, student_logps)
         return Reading(distributions.teacher_logps, student_logps, distributions=distributions, teacher_states=teacher)
 
     def metrics(self, reading, mask):

@@ -1,7 +1,9 @@
 """Options that every trainer of this package adds to `GRPOConfig`."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from .config_checks import count_problems, raise_problems, type_problems
 from .launch import check_ddp_backend, check_launch
 from .vllm import VLLMConfig
 
@@ -57,24 +59,31 @@ class ExtendedGRPOConfig(VLLMConfig):
     )
 
     def __post_init__(self):
+        raise_problems(type_problems(self))  # nothing can be compared before
+        raise_problems(self._problems())
+        if self.eval_temperature == 0:
+            self.num_generations_eval = 1
+        check_ddp_backend(self)
+        super().__post_init__()
+        raise_problems(self._late_problems())
+        check_launch(self)
+
+    def _problems(self) -> Iterator[str]:
+        """What is wrong with the fields as they were given, each with the value and the remedy."""
+        yield from count_problems(self)
+        yield from super()._problems()
         if self.eval_temperature is not None and not 0 <= self.eval_temperature < float("inf"):
-            raise ValueError(
+            yield (
                 f"`eval_temperature` is {self.eval_temperature}. Use 0.0 for greedy decoding, a positive number for "
                 "sampling, or None for the training temperature."
             )
-        if self.eval_temperature == 0:
-            if self.num_generations_eval not in (None, 1):
-                raise ValueError(
-                    f"`num_generations_eval` is {self.num_generations_eval}, but with `eval_temperature=0.0` all "
-                    "completions of a prompt are the same. Set `num_generations_eval: 1`, or a positive "
-                    "`eval_temperature`."
-                )
-            self.num_generations_eval = 1
-        if self.scoring_token_budget is not None and self.scoring_token_budget < 1:
-            raise ValueError(
-                f"`scoring_token_budget` is {self.scoring_token_budget}, but it is a number of tokens. Give a positive "
-                "one, or None for forward passes as large as those of the loss."
+        if self.eval_temperature == 0 and self.num_generations_eval not in (None, 1):
+            yield (
+                f"`num_generations_eval` is {self.num_generations_eval}, but with `eval_temperature=0.0` all "
+                "completions of a prompt are the same. Set `num_generations_eval: 1`, or a positive "
+                "`eval_temperature`."
             )
-        check_ddp_backend(self)
-        super().__post_init__()
-        check_launch(self)
+
+    def _late_problems(self) -> Iterator[str]:
+        """What is wrong once TRL has worked out how large a generation batch is."""
+        yield from ()

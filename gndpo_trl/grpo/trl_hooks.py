@@ -233,7 +233,7 @@ def without_advice_on_levels() -> Iterator[None]:
     Keep back what TRL says about `importance_sampling_level` while it constructs a trainer for some losses.
 
     It knows no "sequence_token" and advises "sequence", which is refused here, for "luspo", and "token", which makes no
-    difference, for "vespo". What is to be said about them, `check_loss_and_level` says.
+    difference, for "vespo". What is to be said about them, `warn_on_level` says.
     """
     logger = logging.getLogger("trl.trainer.grpo_trainer")
 

@@ -1,7 +1,7 @@
 """vLLM as the sampler of a [`~trl.GRPOTrainer`], held to what the training engine scores."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any
@@ -48,15 +48,14 @@ class VLLMConfig(GRPOConfig):
         },
     )
 
-    def __post_init__(self):
+    def _problems(self) -> Iterator[str]:
         if self.sampling_logp_threshold is not None and not self.sampling_logp_threshold > 0:
-            raise ValueError(
+            yield (
                 f"`sampling_logp_threshold` is {self.sampling_logp_threshold}, but no two engines agree to the last "
                 "bit. Give a positive number of nats, None for the default, or inf for none."
             )
-        super().__post_init__()
         if self.use_vllm and (self.vllm_max_model_length or math.inf) <= self.max_completion_length:
-            raise ValueError(
+            yield (
                 f"`vllm_max_model_length` is {self.vllm_max_model_length}, but it holds prompt and completion, and "
                 f"`max_completion_length` alone is {self.max_completion_length}. Raise the former to at least the "
                 "longest prompt plus the latter."
