@@ -1,15 +1,13 @@
-"""What in a configuration of GNDPO is wrong, or does not go with what else is set: a sentence for each, with the remedy."""
+"""
+What in a [`GNDPOConfig`] is wrong, or does not go with what else is set: a sentence for each, with the value and the remedy.
+"""
 
 import math
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .objective.advantages import ADVANTAGE_NORMALIZATIONS
-
-
-if TYPE_CHECKING:
-    from .config import GNDPOConfig
 
 
 # What `teacher_weights` may be; the docstring of the configuration says what each means.
@@ -30,7 +28,7 @@ def choice_problem(name: str, value: Any, choices: tuple[str, ...]) -> Iterator[
         yield f"`{name}` is {value!r}. Choose one of {', '.join(map(repr, choices))}."
 
 
-def score_problems(args: "GNDPOConfig") -> Iterator[str]:
+def score_problems(args: Any) -> Iterator[str]:
     if args.score_clip is not None and not SMALLEST_CLIP <= args.score_clip < math.inf:
         yield (
             f"`score_clip` is {args.score_clip}, but it bounds the scores to [-score_clip, score_clip] nats and must "
@@ -63,7 +61,7 @@ def score_problems(args: "GNDPOConfig") -> Iterator[str]:
         )
 
 
-def advantage_problems(args: "GNDPOConfig") -> Iterator[str]:
+def advantage_problems(args: Any) -> Iterator[str]:
     yield from choice_problem("advantage_normalization", args.advantage_normalization, ADVANTAGE_NORMALIZATIONS)
     if not 0 <= args.std_floor < math.inf:
         yield (
@@ -85,7 +83,7 @@ def advantage_problems(args: "GNDPOConfig") -> Iterator[str]:
         )
 
 
-def teacher_problems(args: "GNDPOConfig") -> Iterator[str]:
+def teacher_problems(args: Any) -> Iterator[str]:
     yield from choice_problem("teacher_weights", args.teacher_weights, TEACHER_WEIGHTS)
     if not 0 <= args.teacher_ema_decay < 1:
         yield (
@@ -106,7 +104,7 @@ def teacher_problems(args: "GNDPOConfig") -> Iterator[str]:
         )
 
 
-def loss_problems(args: "GNDPOConfig") -> Iterator[str]:
+def loss_problems(args: Any) -> Iterator[str]:
     level = args.importance_sampling_level
     if level == "sequence":
         yield (
@@ -118,7 +116,7 @@ def loss_problems(args: "GNDPOConfig") -> Iterator[str]:
         yield from choice_problem("importance_sampling_level", level, LEVELS)
 
 
-def warn_on_level(args: "GNDPOConfig") -> None:
+def warn_on_level(args: Any) -> None:
     """
     Warn where the level of the importance ratio, "sequence_token" or "token", is not the one that a loss is made for.
 
@@ -133,7 +131,7 @@ def warn_on_level(args: "GNDPOConfig") -> None:
         )
 
 
-def estimator_problems(args: "GNDPOConfig") -> Iterator[str]:
+def estimator_problems(args: Any) -> Iterator[str]:
     if args.score_baseline not in (None, *SCORE_BASELINES):
         yield f"`score_baseline` is {args.score_baseline!r}. Choose None or 'expected'."
     yield from choice_problem("estimator", args.estimator, ESTIMATORS)
@@ -179,7 +177,7 @@ def estimator_problems(args: "GNDPOConfig") -> Iterator[str]:
             yield f"`{name}` is {getattr(args, name)!r}, which does not go with `{asked}`: {reason}."
 
 
-def sampling_statistics_problems(args: "GNDPOConfig") -> Iterator[str]:
+def sampling_statistics_problems(args: Any) -> Iterator[str]:
     """Once TRL has worked out how large a generation batch is."""
     generate_every = args.steps_per_generation * args.num_iterations
     if args.use_sampling_logps and args.gradient_accumulation_steps % generate_every != 0:
@@ -191,7 +189,7 @@ def sampling_statistics_problems(args: "GNDPOConfig") -> Iterator[str]:
         )
 
 
-def warn_on_single_prompt(args: "GNDPOConfig") -> None:
+def warn_on_single_prompt(args: Any) -> None:
     """Warn where a generation batch is the completions of one prompt, which the method is not about."""
     if args.generation_batch_size == args.num_generations > 1 and args.advantage_normalization == "global":
         warnings.warn(

@@ -82,6 +82,7 @@ class LocalTeacher(Teacher):
         self.vocab_size = self.description.config.get_text_config().vocab_size
 
     def check(self, student: ModelDescription) -> None:
+        self.tokenizer = student.tokenizer  # for teachers made of this one, which decode the student's ids
         check_compatibility(student, self.description)
 
     def prepare(self, student: PreTrainedModel, accelerator: Accelerator, score: Score) -> None:
