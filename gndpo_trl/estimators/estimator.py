@@ -19,7 +19,7 @@ class Estimator(Surrogate):
 
     Pass an instance as `estimator` to the trainer, which calls, in this order and on all ranks: `check` before it loads any
     model; `prepare` when the models are there; for each generation batch `read`, `advantages`, `for_the_loss` and `metrics`;
-    for each micro-batch of the loss what a [`Surrogate`] is asked; `save_state` and `load_state` with checkpoints that are
+    for each micro-batch of the loss `head_reader` and `advantages_in_loss`; `save_state` and `load_state` with checkpoints that are
     written while a generation batch is in use.
 
     Example: a smooth clamp in the place of clamp and whitening.
@@ -47,7 +47,7 @@ class Estimator(Surrogate):
 
         Args:
             rollout (`dict`): What the student sampled.
-            question (`dict`): The same as the teacher reads it, which has been told to [`~teachers.Teacher.start`].
+            question (`dict`): The same as the teacher reads it, which has begun to.
 
         Returns:
             [`Reading`]

@@ -15,7 +15,7 @@ class Passes:
         trainer ([`GNDPOTrainer`]): Whose models these are.
 
     Attributes:
-        clock ([`Clock`]): Times the phases of a step.
+        clock (`Clock`): Times the phases of a step.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The student's.
     """
 
@@ -58,5 +58,5 @@ class Passes:
             return self._trainer.teacher.hidden_states(question, self._trainer._hidden_states)
 
     def watch_sampler(self, rollout: dict[str, Any], logps: torch.Tensor) -> None:
-        """Compare the sampler's log-probs with the training engine's `(B, T)`, see [`VLLMMixin`]."""
+        """Compare the sampler's log-probs with the training engine's `(B, T)`, if there is one."""
         self._trainer._watch_sampling_logps(rollout, logps)

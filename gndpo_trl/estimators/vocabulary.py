@@ -97,7 +97,7 @@ class Exact(WholeVocabulary):
     the logs.
 
     Args:
-        score_clip, field: See [`WholeVocabulary`].
+        score_clip (`float` or `None`), field (`str`): See `WholeVocabulary`.
         std_floor (`float`): Lower bound of σ, in nats.
         has_baseline (`bool`): Whether the expected score of the position is subtracted in the place of μ.
         clip_range (`tuple[float, float]` or `None`): Importance ratios below and above which a token with a negative, or a
