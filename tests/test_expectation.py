@@ -336,6 +336,28 @@ def test_a_run_goes_on_from_the_middle_of_a_generation_batch(make_trainer, tmp_p
         assert torch.equal(parameter, resumed.model.state_dict()[name]), name
 
 
+def test_a_run_goes_on_with_the_head_that_its_teacher_had(make_trainer, text_dataset, tmp_path):
+    """The teacher's weights move in the middle of a generation batch; what it said of the batch was said before."""
+    prompts = [[{"role": "user", "content": f"one plus two ? {row['prompt'][0]['content']}"}] for row in text_dataset]
+    options = {
+        "teacher_model": "self",
+        "trainer_options": {"train_dataset": text_dataset.add_column("teacher_prompt", prompts)},
+        "teacher_weights": "live",
+        "learning_rate": 1e-2,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        "num_iterations": 3,
+        "estimator": "exact",
+    }
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), max_steps=5, **options)
+    whole.train()
+    make_trainer(output_dir=str(tmp_path / "parts"), max_steps=2, **options).train()
+    resumed = make_trainer(output_dir=str(tmp_path / "parts"), max_steps=5, **options)
+    resumed.train(resume_from_checkpoint=True)
+    for name, parameter in whole.model.state_dict().items():
+        assert torch.equal(parameter, resumed.model.state_dict()[name]), name
+
+
 @pytest.mark.parametrize("options", [BOTH["baseline"], BOTH["exact"]], ids=["baseline", "exact"])
 def test_evaluation_and_half_precision(make_trainer, text_dataset, options):
     trainer = make_trainer(bf16=True, trainer_options={"eval_dataset": text_dataset.select(range(4))}, **options)

@@ -50,7 +50,9 @@ class WholeVocabulary(Estimator):
         self.teacher = teacher
 
     def read(self, rollout, question):
-        student, teacher = self.passes.student_states(rollout), self.passes.teacher_states(question)
+        # The student last: a teacher that is the student with other weights has FSDP free what it has gathered.
+        teacher = self.passes.teacher_states(question)
+        student = self.passes.student_states(rollout)
         mask = rollout["completion_mask"].bool()
         with self.passes.clock.phase("distributions"):
             found = compare_rows(student, teacher, rollout["completion_ids"][mask], self.score_clip)

@@ -31,6 +31,11 @@ CASES = {
         "completions": HALF_ENDED,
         "config": {"estimator": "exact", "mask_truncated_completions": True},
     },
+    "exact, routed": {
+        "completions": SPREAD_COMPLETIONS,
+        "routed": True,
+        "config": {"estimator": "exact", "advantage_normalization": "teacher"},
+    },
     "exact, images": {"completions": SPREAD_COMPLETIONS, "family": "internvl", "config": {"estimator": "exact"}},
 }
 
@@ -93,6 +98,7 @@ def gradients(run, start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ("exact", "fsdp2", 2, 2),
         ("exact, one rank masked", "zero3", 2, 2),
         ("exact, images", "zero3", 2, 2),
+        ("exact, routed", "zero3", 2, 2),
     ],
 )
 def test_two_processes_equal_one(launch, one_process, checkpoints, case, accelerate_config, batch_size, accumulation):
@@ -215,3 +221,16 @@ def test_the_average_of_the_student_is_that_of_one_process(launch, self_taught, 
         other = load_file(alone.folder / "out/checkpoint-3/teacher.safetensors")
         for name, value in one.items():
             torch.testing.assert_close(other[name], value, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("accelerate_config", ["zero3", "fsdp2"])
+def test_the_average_of_the_student_has_a_distribution_too(launch, checkpoints, accelerate_config):
+    """Its LM head is put together from pieces, and kept as it was when it was read."""
+    options = {"estimator": "exact", "max_steps": 2, "optim": "sgd", "learning_rate": 0.1}
+    expected = run_self_taught(launch, None, 4, config=options)
+    found = run_self_taught(launch, accelerate_config, 2, config={**options, "save_strategy": "no"})
+    start = load_file(f"{checkpoints['qwen3-student']}/model.safetensors")
+    one, two = gradients(expected, start), gradients(found, start)
+    assert max(change.abs().max() for change in one.values()) > 1e-3
+    for name, change in one.items():
+        torch.testing.assert_close(two[name], change, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
