@@ -156,6 +156,7 @@ class GNDPOTrainer(SequenceTokenMixin, QuestionsMixin, BatchLogsMixin, ExtendedG
         student = Student(model, processing_class, is_peft=peft_config is not None or isinstance(model, PeftModel))
         self.teacher = get_teacher(teacher_model, teacher_processing_class, args, student)
         self.reference = get_reference(self.teacher, args, student)
+        self._scorers = list(dict.fromkeys(filter(None, (self.teacher, self.reference))))
         self.teacher_prompt_fn = teacher_prompt_fn
         self.score = Score(args.score_clip, args.score_power, args.extrapolation, args.score_discount)
         names, rank = self.teacher.names, PartialState().process_index
@@ -165,7 +166,7 @@ class GNDPOTrainer(SequenceTokenMixin, QuestionsMixin, BatchLogsMixin, ExtendedG
         self.mix = partial(mix_advantages, distillation_coef=args.distillation_coef, reward_coef=args.reward_coef)
         self.estimator = self.surrogate = get_estimator(estimator, args, self.score, self.population, self.mix)
         self.estimator.check(self.teacher)
-        check_scorers(self._scorers(), model, processing_class, args)
+        check_scorers(self._scorers, model, processing_class, args)
 
         super().__init__(
             model=model,
@@ -189,7 +190,7 @@ class GNDPOTrainer(SequenceTokenMixin, QuestionsMixin, BatchLogsMixin, ExtendedG
             )
         self.clock = Clock(self.accelerator.device, self._begin_phase)
         self._prepare_questions()
-        for scorer in self._scorers():
+        for scorer in self._scorers:
             scorer.prepare(self.model, self.accelerator, self._per_token_logps)
             for callback in scorer.callbacks():
                 self.add_callback(callback)
@@ -230,9 +231,9 @@ class GNDPOTrainer(SequenceTokenMixin, QuestionsMixin, BatchLogsMixin, ExtendedG
         teachers = torch.tensor(self.teacher.route(rows)) if self.teacher.names else None
         return replace(self.population, num_generations=num_generations, teachers=teachers)
 
-    def _scorers(self) -> list[Teacher]:
-        is_another = self.reference is not None and self.reference is not self.teacher
-        return [self.teacher, self.reference] if is_another else [self.teacher]
+    def _generation_depends_on(self):
+        who = {"teacher": self.teacher.identity(), "estimator": type(self.estimator).__name__}
+        return {**super()._generation_depends_on(), **who}
 
     def _save_state(self, folder):
         super()._save_state(folder)

@@ -358,6 +358,15 @@ def test_a_run_goes_on_with_the_head_that_its_teacher_had(make_trainer, text_dat
         assert torch.equal(parameter, resumed.model.state_dict()[name]), name
 
 
+def test_a_batch_that_another_teacher_has_read_is_left(make_trainer, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 1, "num_iterations": 2, "estimator": "exact"}
+    make_trainer(max_steps=1, **options).train()
+    other = tiny_models.save(*tiny_models.build_qwen3(seed=3, width=48), tmp_path / "other")
+    resumed = make_trainer(max_steps=2, teacher_model=other, **options)
+    with pytest.warns(UserWarning, match="`teacher` was Qwen3ForCausalLM of .*They are left"):
+        resumed.train(resume_from_checkpoint=True)
+
+
 @pytest.mark.parametrize("options", [BOTH["baseline"], BOTH["exact"]], ids=["baseline", "exact"])
 def test_evaluation_and_half_precision(make_trainer, text_dataset, options):
     trainer = make_trainer(bf16=True, trainer_options={"eval_dataset": text_dataset.select(range(4))}, **options)

@@ -95,10 +95,13 @@ class CheckpointMixin:
         if os.path.exists(self._buffer_file(folder)):
             buffer = torch.load(self._buffer_file(folder), map_location="cpu", weights_only=True)
             now, then = self._generation_depends_on(), buffer.get("depends_on", {})
+            # Of what an earlier version did not compare, nothing is known; one that compared nothing is left.
             changes = [
-                f"`{name}` was {then.get(name)}, is {value}" for name, value in now.items() if then.get(name) != value
+                f"`{name}` was {then[name]}, is {now[name]}"
+                for name in now.keys() & then.keys()
+                if then[name] != now[name]
             ]
-            reason = ", ".join(changes) or None
+            reason = ", ".join(sorted(changes)) or (None if then else "it does not say what they depend on")
         elif glob(os.path.join(folder, BUFFER.format("*"))):
             reason = f"it was saved by fewer than {self.accelerator.num_processes} processes"
         else:

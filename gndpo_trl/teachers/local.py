@@ -6,8 +6,8 @@ from os import PathLike, fspath
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import is_peft_model
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather, is_peft_model
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..grpo.hidden_states import HiddenStates
@@ -15,11 +15,15 @@ from ..grpo.trl_hooks import add_fused_lm_head, create_model_from_path, prepare_
 from .compatibility import ModelDescription, ProcessingClass, check_compatibility, describe
 from .offload import OffloadedWeights
 from .teacher import ReadHiddenStates, Score, Teacher
+from .weights import piece
 
 
 # The student is scored at the sampling temperature, since that is the distribution it sampled from. The teacher is
 # the target and is taken as it is.
 TEACHER_TEMPERATURE = 1.0
+
+# Weights, evenly spread over the layers, whose sum tells teachers apart.
+NUM_SUMMED = 16
 
 
 class LocalTeacher(Teacher):
@@ -124,6 +128,14 @@ class LocalTeacher(Teacher):
         self._check_ids(rollout)
         with self.on_device():
             return read(self.model, rollout)
+
+    def identity(self) -> str:
+        """Its class, origin, and the sum of some of its weights."""
+        parameters = list(self.model.parameters())
+        some = parameters[:: max(1, len(parameters) // NUM_SUMMED)]
+        total = sum(piece(parameter).detach().float().abs().sum().cpu() for parameter in some)
+        total = gather(total.view(1).to(PartialState().device)).sum().item()
+        return f"{self.description.name} of {self.model.config._name_or_path!r} (weights: {total:.7g})"
 
     def _check_ids(self, rollout: dict[str, Any]) -> None:
         largest = rollout["completion_ids"].max().item()

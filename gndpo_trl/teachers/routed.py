@@ -122,6 +122,9 @@ class RoutedTeacher(Teacher):
                 states[row] = of_row
         return HiddenStates(states, next(filter(None, heads)), heads, self.route(rollout["rows"]))
 
+    def identity(self) -> str:
+        return "; ".join(f"{name}: {teacher.identity()}" for name, teacher in self.teachers.items())
+
     def without_distributions(self) -> Teacher | None:
         return next(filter(None, (teacher.without_distributions() for teacher in self.teachers.values())), None)
 

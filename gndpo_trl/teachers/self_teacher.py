@@ -114,6 +114,9 @@ class SelfTeacher(NeedsPrompts):
     def may_not_know(self, rows: list[dict[str, Any]]) -> list[bool]:
         return [False] * len(rows)
 
+    def identity(self) -> str:
+        return f"the student ({self.weights})"
+
     def hidden_states(self, rollout: dict[str, Any], read: ReadHiddenStates) -> HiddenStates:
         """See [`Teacher`]. The LM head is a copy where the student's is trained, whose weights will move on."""
         self.check_rows(rollout["rows"])

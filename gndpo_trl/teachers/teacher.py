@@ -139,6 +139,13 @@ class Teacher(TrainerCallback):
         """This teacher, or one of those that it stands for, if it has no `hidden_states`."""
         return self if type(self).hidden_states is Teacher.hidden_states else None
 
+    def identity(self) -> str:
+        """
+        Who this teacher is, in words that a warning can quote: what it said of a generation batch is used by a run that goes on
+        with the same one, and left by others. Called on all ranks, after `prepare`.
+        """
+        return type(self).__name__
+
     def save_state(self, folder: str) -> None:
         """Write what changes during a run into the folder of a checkpoint. Called on all ranks."""
 
