@@ -45,6 +45,10 @@ ARMS = {
     "power-0.5": Arm(options={"score_power": 0.5, "score_clip": None, "advantage_normalization": "none"}),
     "power-1": Arm(options={"score_power": 1.0, "score_clip": None, "advantage_normalization": "none"}),
     "power-1-global": Arm(options={"score_power": 1.0, "score_clip": None}),
+    "discount-0.5": Arm(options={"score_discount": 0.5}),
+    "discount-0.9": Arm(options={"score_discount": 0.9}),
+    "extrapolation-1.25": Arm(options={"extrapolation": 1.25}),
+    "extrapolation-1.5": Arm(options={"extrapolation": 1.5}),
     # In the benchmark alone.
     "scale": Arm(transform="scale"),
     "center": Arm(transform="center"),
