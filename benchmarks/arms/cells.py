@@ -14,7 +14,7 @@ class Arm:
             vocabulary), `"sft"` (TRL's `SFTTrainer` on completions that the teacher sampled for the same prompts),
             `"gspo"` (`GSPOTrainer` on the accuracy of the answer, without a teacher).
         options: Fields of its configuration that differ from the recipe's.
-        transform: What makes the advantages in the place of GNDPO's normalization, see `arm_trainers.py`.
+        transform: What makes the advantages in the place of GNDPO's normalization, see `trainers.py`.
     """
 
     trainer: str = "gndpo"
@@ -135,3 +135,18 @@ REGIMES = {
     "own-teacher": Regime(teacher="student"),
     "own-teacher-floor": Regime(teacher="student", options={"std_floor": 0.1}),
 }
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One run. Two cells that are equal are the same run."""
+
+    task: str
+    regime: str
+    arm: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}-{self.regime}-{self.arm}-lr{self.learning_rate:g}-seed{self.seed}"

@@ -1,5 +1,5 @@
 """
-Advantages that others propose in the place of whitened scores: pure functions of tensors, compared in `arms.py`.
+Advantages that others propose in the place of whitened scores: pure functions of tensors, compared as arms.
 
 Shapes and names are those of `gndpo_trl.objective.advantages`: `scores` `(B, T)` are teacher log-prob minus student
 log-prob of the sampled tokens, in nats and before any clamp, `mask` `(B, T)` is True on valid tokens, and every function

@@ -1,7 +1,7 @@
 """
 How much of a gradient is signal: that of every arm, on the same samples, against its own mean over many batches.
 
-    python benchmarks/gradient_noise.py --seeds 30 31 32 33 34
+    python -m benchmarks.arms.gradient_noise --seeds 30 31 32 33 34
 
 Runs of 200 steps compare arms by what comes of them, at a minute for each number. Here one student is held still, batches
 are drawn from it, and every arm makes its gradient of each: `-mean over completions of mean over tokens of A log p`, as in
@@ -30,21 +30,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import transforms
-from arm_cells import SMOKE_TASKS, TASKS
-from arm_models import build_once, load_model, load_processor, round_weights, tokenize
-from arm_runs import add_outliers
-from arm_sampling import sample
-from arm_trainers import build_transform
-from arms import ROOT, write_whole
 from datasets import load_from_disk
 from transformers import PreTrainedModel
 
 from gndpo_trl.objective.advantages import compute_advantages, normalize, population_moments
 from gndpo_trl.objective.scores import power_scores
 
+from . import transforms
+from .cells import SMOKE_TASKS, TASKS
+from .models import build_once, load_model, load_processor, round_weights, sample, tokenize
+from .results import FOLDER, ROOT, write_whole
+from .runs import add_outliers
+from .trainers import build_transform
 
-RESULTS = ROOT / "benchmarks" / "gradient_noise.parquet"
+
+RESULTS = FOLDER / "gradient_noise.parquet"
 NUM_GENERATIONS = 4
 SCORE_CLIP = transforms.SCORE_CLIP
 
@@ -216,7 +216,7 @@ def main() -> int:
     parser.add_argument("--teachers", nargs="+", default=["teacher", "outliers"], choices=["teacher", "outliers"])
     parser.add_argument("--prompts", nargs="+", type=int, default=[1, 4, 16], help="of a batch, 4 completions each")
     parser.add_argument("--batches", type=int, default=24, help="of 16 prompts; more of smaller ones")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "arms", help="where arms.py keeps models")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "arms", help="where the arms keep models")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true", help="models that know nothing, two batches")
     args = parser.parse_args()

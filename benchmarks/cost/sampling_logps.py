@@ -2,7 +2,7 @@
 How far `use_sampling_logps` moves the advantages when the sampler computes in bfloat16 and the trainer in float32.
 
     make demo SEED=20
-    python benchmarks/sampling_logps.py --seed 20
+    python -m benchmarks.cost.sampling_logps --seed 20
 
 On batches of the digits demo, with its student before training: the advantages with statistics of the sampler's
 log-probs, against those with statistics of the trainer's (the default), and against the sampler's log-probs throughout.
@@ -21,7 +21,7 @@ from gndpo_trl.grpo.rollouts import valid_tokens
 from gndpo_trl.objective.advantages import clamp_scores, population_moments, token_scores, whiten
 
 
-DIGITS = Path(__file__).parents[1] / "runs" / "digits"
+DIGITS = Path(__file__).parents[2] / "runs" / "digits"
 
 
 def main() -> None:

@@ -5,18 +5,19 @@ from functools import partial
 from typing import Any
 
 import torch
-import transforms
-from arm_cells import Arm, Regime, Task
-from arm_models import tokenize
-from arm_sampling import sample
 from datasets import Dataset
 from digits_data import sum_reward
+from digits_models import tokenize
 from transformers import PreTrainedModel, ProcessorMixin, Trainer
 from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import RepeatSampler
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
 from gndpo_trl.gspo import GSPOConfig, GSPOTrainer
+
+from . import transforms
+from .cells import Arm, Regime, Task
+from .models import sample
 
 
 # Fields of every trainer's configuration: those of the recipe, and none that would write files.
@@ -37,46 +38,16 @@ SHARED_OPTIONS = {
 SFT_BATCH_SIZE = 512
 
 
-class FastSampling:
-    """Makes a trainer of TRL's sample with [`arm_sampling.sample`]: from the same distribution, in half of the time."""
+class TransformTrainer(GNDPOTrainer):
+    """Advantages that another function makes of the same scores of the same batch."""
 
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
-        # The completions of a prompt stand next to each other; a prompt is computed once.
-        first = slice(None, None, self.num_generations)
-        input_ids = torch.tensor(prompt_ids[first])
-        questions = {
-            "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids),
-            "pixel_values": multimodal_fields["pixel_values"][first],
-        }
-        end_id = self._tokenizer.eos_token_id
-        tokens, mask = sample(
-            self.model, questions, end_id, self.args.max_completion_length, repeats=self.num_generations
-        )
-        return [ids[keep].tolist() for ids, keep in zip(tokens, mask, strict=True)]
-
-
-class GRPOSampling(FastSampling):
-    """The same for `GRPOTrainer`, which wants log-probs of the sampler too, or None."""
-
-    def _generate_single_turn(self, *args, **kwargs):
-        return super()._generate_single_turn(*args, **kwargs), None
-
-
-class OurTrainer(GRPOSampling, GNDPOTrainer):
-    """GNDPO; or, with a `transform`, advantages that another function makes of the same scores of the same batch."""
-
-    transform: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    transform: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
     def _log_teacher(self, mode, rollout, seconds, scores, logps, undefined, unknown, mask, teachers):
         # The last thing that is done with a batch.
-        if self.transform is not None and mode == "train":
+        if mode == "train":
             rollout["advantages"] = self.transform(scores, mask)
         super()._log_teacher(mode, rollout, seconds, scores, logps, undefined, unknown, mask, teachers)
-
-
-class RewardTrainer(GRPOSampling, GSPOTrainer):
-    """GSPO."""
 
 
 def build_transform(name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -96,10 +67,6 @@ class SamePrompts(DistillationTrainer):
     def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
         prompts = self.args.per_device_train_batch_size // self.num_generations
         return train_order(self.train_dataset, prompts, self.num_generations, self.args.seed)
-
-
-class VocabularyTrainer(FastSampling, SamePrompts):
-    """The same, with the sampler of this benchmark."""
 
 
 def train_order(dataset: Dataset, prompts: int, num_generations: int, seed: int) -> RepeatSampler:
@@ -153,15 +120,16 @@ def build_trainer(
         return SFTTrainer(args=args, **sources)
     options["max_completion_length"] = task.max_new_tokens
     if arm.trainer == "distillation":
-        trainer = VocabularyTrainer(args=DistillationConfig(**options), teacher_model=teacher, **sources)
+        trainer = SamePrompts(args=DistillationConfig(**options), teacher_model=teacher, **sources)
         trainer.num_generations = regime.num_generations
         return trainer
     options["num_generations"] = regime.num_generations
     if arm.trainer == "gspo":
-        return RewardTrainer(args=GSPOConfig(**options), reward_funcs=sum_reward, **sources)
+        return GSPOTrainer(args=GSPOConfig(**options), reward_funcs=sum_reward, **sources)
     sources.update(teacher_model=teacher, teacher_processing_class=processor)
     args = GNDPOConfig(**options)
-    trainer = OurTrainer(args=args, **sources)
-    if arm.transform is not None:
-        trainer.transform = build_transform(arm.transform)
+    if arm.transform is None:
+        return GNDPOTrainer(args=args, **sources)
+    trainer = TransformTrainer(args=args, **sources)
+    trainer.transform = build_transform(arm.transform)
     return trainer
