@@ -14,7 +14,7 @@ class Arm:
             vocabulary), `"sft"` (TRL's `SFTTrainer` on completions that the teacher sampled for the same prompts),
             `"gspo"` (`GSPOTrainer` on the accuracy of the answer, without a teacher).
         options: Fields of its configuration that differ from the recipe's.
-        transform: What makes the advantages in the place of GNDPO's normalization, see `trainers.py`.
+        transform: What makes the advantages in the place of GNDPO's normalization, see `transforms.py`.
     """
 
     trainer: str = "gndpo"

@@ -33,20 +33,18 @@ import torch
 from datasets import load_from_disk
 from transformers import PreTrainedModel
 
-from gndpo_trl.objective.advantages import compute_advantages, normalize, population_moments
-from gndpo_trl.objective.scores import power_scores
+from gndpo_trl.objective.advantages import Population
+from gndpo_trl.objective.scores import clamp_scores, power_scores
 
-from . import transforms
 from .cells import SMOKE_TASKS, TASKS
 from .models import build_once, load_model, load_processor, round_weights, sample, tokenize
 from .results import FOLDER, ROOT, write_whole
 from .runs import add_outliers
-from .trainers import build_transform
+from .transforms import SCORE_CLIP, build_transform
 
 
 RESULTS = FOLDER / "gradient_noise.parquet"
 NUM_GENERATIONS = 4
-SCORE_CLIP = transforms.SCORE_CLIP
 
 STUDENTS = ("start", "later", "own-teacher")
 LATER_STEPS = 60
@@ -70,10 +68,16 @@ class Batch:
         return self.of_sampled(self.teacher - self.student.detach()).masked_fill(~self.mask, 0.0)
 
 
-def whitened(**options) -> Callable[[Batch], torch.Tensor]:
-    return lambda batch: compute_advantages(
-        batch.scores, batch.mask, num_generations=NUM_GENERATIONS, **{"score_clip": SCORE_CLIP, **options}
-    )[0]
+def whitened(
+    normalization: str, score_clip: float | None = SCORE_CLIP, std_floor: float = 0.0
+) -> Callable[[Batch], torch.Tensor]:
+    population = Population(normalization, std_floor, NUM_GENERATIONS)
+
+    def advantages(batch: Batch) -> torch.Tensor:
+        scores = clamp_scores(batch.scores, batch.mask, score_clip)
+        return population.whiten(scores, batch.mask, population.moments(scores, batch.mask))
+
+    return advantages
 
 
 def transform(name: str) -> Callable[[Batch], torch.Tensor]:
@@ -89,25 +93,26 @@ def power(exponent: float) -> Callable[[Batch], torch.Tensor]:
 
 def expected(normalization: str) -> Callable[[Batch], torch.Tensor]:
     """Clamped scores minus the expected clamped score of their position under the student, then only scaled."""
+    population = Population(normalization)
 
     def advantages(batch: Batch) -> torch.Tensor:
         student = batch.student.detach()
         baseline = (student.exp() * (batch.teacher - student).clamp(-SCORE_CLIP, SCORE_CLIP)).sum(-1)
         relative = (batch.scores.clamp(-SCORE_CLIP, SCORE_CLIP) - baseline).masked_fill(~batch.mask, 0.0)
-        moments = population_moments(relative, batch.mask, normalization=normalization)
-        return normalize(relative, batch.mask, moments, subtract_mean=False)[0]
+        moments = population.moments(relative, batch.mask)
+        return population.whiten(relative, batch.mask, moments, subtract_mean=False)
 
     return advantages
 
 
 # Arms that look at sampled tokens: advantages `(B, T)` of a batch.
 SAMPLED = {
-    "none": whitened(normalization="none"),
-    "raw": whitened(normalization="none", score_clip=None),
-    "global": whitened(normalization="global"),
-    "global, std_floor 0.1": whitened(normalization="global", std_floor=0.1),
-    "group": whitened(normalization="group"),
-    "sequence": whitened(normalization="sequence"),
+    "none": whitened("none"),
+    "raw": whitened("none", score_clip=None),
+    "global": whitened("global"),
+    "global, std_floor 0.1": whitened("global", std_floor=0.1),
+    "group": whitened("group"),
+    "sequence": whitened("sequence"),
     "expected": expected("global"),
     "expected-sequence": expected("sequence"),
     **{name: transform(name) for name in ("scale", "center", "scale-sequence", "center-sequence", "robust", "tanh")},

@@ -1,7 +1,5 @@
-"""The trainer of an arm: this package's, TRL's, or this package's with advantages of another kind."""
+"""The trainer of an arm: this package's, with its own estimators or another, or one of TRL's."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,9 +13,9 @@ from trl.trainer.utils import RepeatSampler
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
 from gndpo_trl.gspo import GSPOConfig, GSPOTrainer
 
-from . import transforms
 from .cells import Arm, Regime, Task
 from .models import sample
+from .transforms import Transformed, build_transform
 
 
 # Fields of every trainer's configuration: those of the recipe, and none that would write files.
@@ -36,27 +34,6 @@ SHARED_OPTIONS = {
 
 # Completions that the teacher samples at once for supervised training.
 SFT_BATCH_SIZE = 512
-
-
-class TransformTrainer(GNDPOTrainer):
-    """Advantages that another function makes of the same scores of the same batch."""
-
-    transform: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
-
-    def _log_teacher(self, mode, rollout, seconds, scores, logps, undefined, unknown, mask, teachers):
-        # The last thing that is done with a batch.
-        if mode == "train":
-            rollout["advantages"] = self.transform(scores, mask)
-        super()._log_teacher(mode, rollout, seconds, scores, logps, undefined, unknown, mask, teachers)
-
-
-def build_transform(name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The function that makes advantages of the scores `(B, T)` and their mask; one per run."""
-    if name == "running":
-        return transforms.Running()
-    if name.endswith("-sequence"):
-        return partial(getattr(transforms, name.removesuffix("-sequence")), by_sequence=True)
-    return getattr(transforms, name)
 
 
 class SamePrompts(DistillationTrainer):
@@ -126,10 +103,8 @@ def build_trainer(
     options["num_generations"] = regime.num_generations
     if arm.trainer == "gspo":
         return GSPOTrainer(args=GSPOConfig(**options), reward_funcs=sum_reward, **sources)
-    sources.update(teacher_model=teacher, teacher_processing_class=processor)
-    args = GNDPOConfig(**options)
-    if arm.transform is None:
-        return GNDPOTrainer(args=args, **sources)
-    trainer = TransformTrainer(args=args, **sources)
-    trainer.transform = build_transform(arm.transform)
-    return trainer
+    if arm.transform is not None:
+        sources["estimator"] = Transformed(build_transform(arm.transform))
+    return GNDPOTrainer(
+        args=GNDPOConfig(**options), teacher_model=teacher, teacher_processing_class=processor, **sources
+    )

@@ -68,6 +68,8 @@ class Arm:
             **sources,
         )
         self.trainer.stopwatch = self.stopwatch = Stopwatch(device, sources.get("teacher_model"))
+        if isinstance(self.trainer, GNDPOTrainer):
+            self.stopwatch.follow(self.trainer.clock)
         self.steps = args.completions // args.micro_batch
         self.model = self.trainer.accelerator.prepare_model(self.trainer.model)
         self.trainer.model_wrapped = self.model

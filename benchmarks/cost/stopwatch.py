@@ -5,13 +5,14 @@ The clock of a step. Phases exclude each other; what is called within a phase an
 import functools
 import time
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from transformers import PreTrainedModel
 from trl import DistillationTrainer, GRPOTrainer
 
 from gndpo_trl import GNDPOTrainer
+from gndpo_trl.clock import Clock
 from gndpo_trl.gspo import GSPOTrainer
 
 
@@ -51,6 +52,17 @@ class Stopwatch:
         if self.stack:
             self.seconds[self.stack[-1]] += now - self.last
         self.last = now
+
+    def follow(self, clock: Clock) -> None:
+        """Take over a phase of the product's clock that no method of a trainer is."""
+        phase = clock.phase
+
+        @contextmanager
+        def followed(name):
+            with phase(name), self.phase(name) if name in PHASES else nullcontext():
+                yield
+
+        clock.phase = followed
 
     def count_tokens(self, module, args, kwargs) -> None:
         self.tokens["padded"] += kwargs["input_ids"].numel()
@@ -94,4 +106,3 @@ def time_trainers() -> None:
         time_method(trainer, "_get_per_token_logps_and_entropies", lambda *_: "GNDPO's own")
         for name in ("_forward", "_forward_shared"):
             time_method(trainer, name, forward_phase)
-    time_method(GNDPOTrainer, "_compare_rows", lambda *_: "distributions")
