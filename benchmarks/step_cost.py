@@ -1,4 +1,4 @@
-"""The same as `python -m benchmarks.cost.step`."""
+"""What a step costs, see `cost/step.py`."""
 
 import sys
 from pathlib import Path

@@ -11,7 +11,7 @@ stands there counts as run.
 
 Models and data of a task and seed are built once and kept in `--output_dir`. Each process has one thread, since models this
 small gain nothing from more. Seconds in the rows are those of a machine that others used too, see the columns `jobs` and
-`load`; `python -m benchmarks.cost.step` measures time.
+`load`; `python benchmarks/step_cost.py` measures time.
 """
 
 import argparse

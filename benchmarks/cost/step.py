@@ -1,7 +1,7 @@
 """
 What one optimizer step of on-policy distillation costs once the completions are there, in several trainers side by side.
 
-    python -m benchmarks.cost.step --json runs/step_cost.json
+    python benchmarks/step_cost.py --json runs/step_cost.json
 
     grpo          TRL's GRPOTrainer with a reward of zero: no teacher
     gspo          GSPOTrainer with a reward of zero: no teacher either
