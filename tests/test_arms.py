@@ -1,29 +1,44 @@
-"""The comparison of arms: its transforms, its sampler, a tiny run of every arm, and the tables made of the rows."""
+"""The comparison of arms: its transforms, tiny runs of every kind of trainer, and the tables made of the rows."""
 
 import itertools
 import sys
 
-import arm_runs
-import arms
-import arms_report
 import bitsandbytes
-import chain_data
-import chain_models
 import digits_data
-import gradient_noise
-import moments
 import numpy as np
 import pandas as pd
-import pretrained
 import pytest
 import torch
-import transforms
-from arm_cells import ARMS, REGIMES, SMOKE_TASKS, TASKS
-from arm_models import build_once, load_model, load_processor, round_to_four_bits, swap_ends, to_four_bits, tokenize
-from arm_sampling import sample
-from arm_trainers import build_transform, train_order
 from datasets import Dataset, load_from_disk
+from digits_models import tokenize
+from trl import DistillationConfig, SFTConfig
 
+from benchmarks.arms import (
+    chain_data,
+    chain_models,
+    command,
+    gradient_noise,
+    moments,
+    pretrained,
+    report,
+    runs,
+    transforms,
+)
+from benchmarks.arms.cells import ARMS, REGIMES, SMOKE_TASKS, TASKS
+from benchmarks.arms.models import (
+    build_once,
+    load_model,
+    load_processor,
+    round_to_four_bits,
+    sample,
+    swap_ends,
+    to_four_bits,
+)
+from benchmarks.arms.results import ROOT
+from benchmarks.arms.trainers import SHARED_OPTIONS, train_order
+from benchmarks.arms.transforms import build_transform
+from gndpo_trl import GNDPOConfig
+from gndpo_trl.gspo import GSPOConfig
 from gndpo_trl.objective.advantages import row_moments
 
 
@@ -90,15 +105,6 @@ def model_and_questions(output_dir):
     return model, tokenize(processor, load_from_disk(data)["test"]), processor.tokenizer.eos_token_id
 
 
-def test_greedy_sampling_is_that_of_generate(model_and_questions):
-    model, questions, end_id = model_and_questions
-    tokens, mask = sample(model, questions, end_id, 16, repeats=2, greedy=True, suppress=False)
-    expected = model.generate(**questions, do_sample=False, max_new_tokens=16)[:, questions["input_ids"].shape[1] :]
-    assert len(set(expected.flatten().tolist())) > 3
-    for copy in (0, 1):
-        torch.testing.assert_close(tokens[copy::2][mask[copy::2]], expected[:, : tokens.shape[1]][mask[copy::2]])
-
-
 def test_samples_follow_the_model_without_placeholders(model_and_questions):
     model, questions, end_id = model_and_questions
     one = {key: value[:1] for key, value in questions.items()}
@@ -112,33 +118,62 @@ def test_samples_follow_the_model_without_placeholders(model_and_questions):
     assert torch.equal(mask[:, 1], tokens[:, 0] != end_id)
 
 
-def test_prompts_of_different_lengths_are_refused(model_and_questions):
+def test_repeated_samples_stand_beside_each_other(model_and_questions):
     model, questions, end_id = model_and_questions
-    mask = questions["attention_mask"].clone()
-    mask[0, 0] = 0
-    with pytest.raises(ValueError, match="differ in length"):
-        sample(model, {**questions, "attention_mask": mask}, end_id, 2)
+    tokens, _ = sample(model, questions, end_id, 4, repeats=2, greedy=True)
+    assert torch.equal(tokens[::2], tokens[1::2]) and len(tokens.unique(dim=0)) > 3
 
 
 # ---- runs
 
 
-@pytest.mark.parametrize("arm", ARMS)
-def test_every_arm_runs(arm, output_dir):
-    row = arm_runs.run_cell("digits", "demo", arm, 1e-3, 1, output_dir, smoke=True)
-    steps = 0 if arm in ("student", "teacher") else SMOKE_TASKS["digits"].steps
+CONFIGS = {"gndpo": GNDPOConfig, "distillation": DistillationConfig, "sft": SFTConfig, "gspo": GSPOConfig}
+
+
+@pytest.mark.parametrize("arm", [arm for arm in ARMS.values() if arm.trainer in CONFIGS], ids=str)
+def test_options_of_every_arm_are_fields_that_go_together(arm):
+    CONFIGS[arm.trainer]("out", **SHARED_OPTIONS, **arm.options)
+    assert arm.transform is None or callable(build_transform(arm.transform))
+
+
+@pytest.mark.parametrize("regime", REGIMES.values(), ids=REGIMES)
+def test_every_regime_has_options_and_a_teacher(regime, output_dir):
+    GNDPOConfig("out", **SHARED_OPTIONS, **regime.options)
+    paths = {
+        which: build_once("digits", SMOKE_TASKS["digits"], 1, which, output_dir) for which in ("teacher", "student")
+    }
+    kept = load_model(paths["student" if regime.teacher == "student" else "teacher"])
+    processor = load_processor(paths["student"])
+    teacher = runs.load_teacher(regime.teacher, paths, processor)
+    inputs = {"input_ids": torch.arange(40).view(4, 10)}
+    with torch.no_grad():
+        is_another = not torch.equal(teacher(**inputs).logits, kept(**inputs).logits)
+    assert is_another == (regime.teacher != "teacher")
+
+
+@pytest.mark.parametrize(
+    "task, regime, arm",
+    [
+        ("digits", "own-teacher-floor", "global"),
+        ("digits", "demo", "tanh"),
+        ("digits", "demo", "distillation"),
+        ("digits", "demo", "sft"),
+        ("digits", "demo", "gspo"),
+        ("digits", "demo", "student"),
+        ("digits", "demo", "teacher"),
+        ("chain", "outliers", "global"),
+    ],
+)
+def test_every_kind_of_trainer_runs(task, regime, arm, output_dir):
+    row = runs.run_cell(task, regime, arm, 1e-3, 1, output_dir, smoke=True)
+    steps = 0 if arm in ("student", "teacher") else SMOKE_TASKS[task].steps
     assert row["steps"] == len(row["grad_norm"]) == steps and not row["diverged"]
-    assert 0 <= row["accuracy"] <= 1 and 1 <= row["length"] <= 32
+    shortest = 32 if task == "chain" else 0  # where a model that knows nothing knows no end
+    assert 0 <= row["accuracy"] <= 1 and shortest < row["length"] <= TASKS[task].max_new_tokens
     assert abs(row["reverse_kl"]) < 1e-6 if arm == "teacher" else row["reverse_kl"] > 0
     if arm not in ("student", "teacher", "gspo"):  # no reward differs between models that know nothing
         assert row["grad_norm"][-1] > 0
     assert len(row["clamped"]) == (steps if ARMS[arm].trainer == "gndpo" else 0)
-
-
-@pytest.mark.parametrize("regime", REGIMES)
-def test_every_regime_runs(regime, output_dir):
-    row = arm_runs.run_cell("digits", regime, "global", 1e-3, 1, output_dir, smoke=True)
-    assert row["steps"] == SMOKE_TASKS["digits"].steps and not row["diverged"]
 
 
 def test_outliers_are_rare_sure_and_always_the_same(model_and_questions, output_dir):
@@ -150,7 +185,7 @@ def test_outliers_are_rare_sure_and_always_the_same(model_and_questions, output_
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     with torch.no_grad():
         before = teacher(**inputs).logits.log_softmax(-1)
-        arm_runs.add_outliers(teacher)
+        runs.add_outliers(teacher)
         after = teacher(**inputs).logits.log_softmax(-1)
         half = teacher(**{key: value[:4] for key, value in inputs.items()}).logits.log_softmax(-1)
     changed = (after - before).abs().amax(-1) > 1e-3
@@ -160,20 +195,13 @@ def test_outliers_are_rare_sure_and_always_the_same(model_and_questions, output_
 
 
 def test_a_run_that_diverges_has_a_row(output_dir):
-    row = arm_runs.run_cell("digits", "sgd-unclipped", "global", 1e38, 1, output_dir, smoke=True)
+    row = runs.run_cell("digits", "sgd-unclipped", "global", 1e38, 1, output_dir, smoke=True)
     assert row["diverged"] and row["accuracy"] == 0 and row["steps"] < SMOKE_TASKS["digits"].steps + 1
 
 
 def test_a_mistake_is_no_divergence(output_dir):
     with pytest.raises(TypeError, match="std_floor"):
-        arm_runs.run_cell("digits", "own-teacher-floor", "distillation", 1e-3, 1, output_dir, smoke=True)
-
-
-@pytest.mark.parametrize("arm", ["global", "exact", "tanh", "distillation", "sft", "gspo", "student", "teacher"])
-def test_every_trainer_runs_on_the_chain(arm, output_dir):
-    row = arm_runs.run_cell("chain", "demo", arm, 1e-3, 1, output_dir, smoke=True)
-    assert row["steps"] == (0 if arm in ("student", "teacher") else SMOKE_TASKS["chain"].steps) and not row["diverged"]
-    assert 0 <= row["accuracy"] <= 1 and 32 < row["length"] <= TASKS["chain"].max_new_tokens  # it knows no end yet
+        runs.run_cell("digits", "own-teacher-floor", "distillation", 1e-3, 1, output_dir, smoke=True)
 
 
 def test_four_bits_are_those_of_bitsandbytes():
@@ -217,29 +245,22 @@ def test_all_trainers_get_the_same_prompts():
 
 @pytest.mark.processes
 def test_the_command_resumes(tmp_path, monkeypatch, capsys):
-    command = [
-        "arms.py",
-        "--smoke",
-        "--output_dir",
-        str(tmp_path / "out"),
-        "--results",
-        str(tmp_path / "rows.parquet"),
-    ]
-    command += ["--learning_rates", "1e-3", "--seeds", "1"]
-    monkeypatch.setattr(sys, "argv", [*command, "--arms", "none", "student"])
-    assert arms.main() == 0
+    folders = ["--output_dir", str(tmp_path / "out"), "--results", str(tmp_path / "rows.parquet")]
+    cells = ["--arms", "none", "student", "--learning_rates", "1e-3", "--seeds", "1"]
+    monkeypatch.setattr(sys, "argv", ["arms", "--smoke", *folders, *cells])
+    assert command.main() == 0
     assert list(pd.read_parquet(tmp_path / "rows.parquet")["arm"]) == ["none", "student"]
     assert not list((tmp_path / "out" / "cells").glob("*.partial"))
     (tmp_path / "out" / "cells" / "digits-demo-none-lr0.001-seed1.json").unlink()  # the table is enough
-    assert arms.main() == 0
+    assert command.main() == 0
     assert "2 of 2 cells are there, 0 to run" in capsys.readouterr().out
     assert len(pd.read_parquet(tmp_path / "rows.parquet")) == 2
 
 
 def test_the_smoke_form_keeps_away_from_the_real_rows(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["arms.py", "--smoke"])
+    monkeypatch.setattr(sys, "argv", ["arms", "--smoke"])
     with pytest.raises(SystemExit):
-        arms.main()
+        command.main()
 
 
 # ---- the chain task
@@ -353,8 +374,22 @@ def test_exact_gradient_is_that_of_the_reverse_kl():
 
 def test_noise_of_every_arm_is_measured_and_kept(output_dir, tmp_path, monkeypatch, capsys):
     results = tmp_path / "noise.parquet"
-    command = ["gradient_noise.py", "--smoke", "--seeds", "1", "--prompts", "2"]
-    monkeypatch.setattr(sys, "argv", [*command, "--output_dir", str(output_dir), "--results", str(results)])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "gradient_noise",
+            "--smoke",
+            "--seeds",
+            "1",
+            "--prompts",
+            "2",
+            "--output_dir",
+            str(output_dir),
+            "--results",
+            str(results),
+        ],
+    )
     assert gradient_noise.main() == 0 and gradient_noise.main() == 0
     rows = pd.read_parquet(results)
     arms_per_state = len(gradient_noise.SAMPLED) + len(gradient_noise.EXACT)
@@ -382,15 +417,29 @@ def test_errors_of_moments_are_those_of_independent_prompts():
 
 def test_moments_of_every_task_are_measured(output_dir, tmp_path, monkeypatch):
     results = tmp_path / "moments.parquet"
-    command = ["moments.py", "--smoke", "--seeds", "1", "--prompts", "32"]
-    monkeypatch.setattr(sys, "argv", [*command, "--output_dir", str(output_dir), "--results", str(results)])
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        [
+            "moments",
+            "--smoke",
+            "--seeds",
+            "1",
+            "--prompts",
+            "32",
+            "--output_dir",
+            str(output_dir),
+            "--results",
+            str(results),
+        ],
+    )
     assert moments.main() == 0
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--tasks", "digits"])
     assert moments.main() == 0
     rows = pd.read_parquet(results)
     assert list(rows["prompts"]) == [1, 4, 16, 64] * 2 and list(rows["task"]) == ["chain"] * 4 + ["digits"] * 4
     assert (rows[["mean_error", "std_error"]] > 0).all(axis=None)
-    assert "| chain | 64 |" in arms_report.moments_table(rows)
+    assert "| chain | 64 |" in report.moments_table(rows)
 
 
 # ---- tables
@@ -424,26 +473,26 @@ def rows_of(accuracies: dict[tuple[str, float], list[float]]) -> pd.DataFrame:
 
 def test_intervals_hold_the_mean_and_narrow_with_agreement():
     values = np.array([0.5, 0.6, 0.7, 0.8, 0.9])
-    low, high = arms_report.interval(values)
+    low, high = report.interval(values)
     # of 5 ** 5 resamples, 2.5 % have a mean of at most 0.58 and as many of at least 0.82
     assert low == pytest.approx(0.58, abs=0.01) and high == pytest.approx(0.82, abs=0.01)
-    assert arms_report.interval(np.full(5, 0.7)) == (pytest.approx(0.7), pytest.approx(0.7))
+    assert report.interval(np.full(5, 0.7)) == (pytest.approx(0.7), pytest.approx(0.7))
 
 
 def test_differences_are_paired_by_seed():
     rows = rows_of({("global", 1e-3): [0.2, 0.4, 0.6, 0.8, 0.9], ("none", 1e-3): [0.3, 0.5, 0.7, 0.9, 1.0]})
-    assert "| none | +10.0 [+10.0, +10.0] |" in arms_report.paired_by_rate(rows, "accuracy", arms_report.points)
+    assert "| none | +10.0 [+10.0, +10.0] |" in report.paired_by_rate(rows, "accuracy", report.points)
 
 
 def test_tables_of_other_regimes_stand_in_one(tmp_path):
     rows = rows_of({("global", 1e-3): [0.2, 0.4, 0.6], ("none", 1e-3): [0.3, 0.5], ("sft", 2e-3): [0.7]})
-    tables = arms_report.tables(rows.assign(regime="other-end"))
-    assert tables["digits-demo-accuracy"] == tables["chain-demo-length"] == arms_report.NO_ROWS
+    tables = report.tables(rows.assign(regime="other-end"))
+    assert tables["digits-demo-accuracy"] == tables["chain-demo-length"] == report.NO_ROWS
     lines = tables["regimes"].splitlines()[2:]
     assert lines[0].startswith("| digits | other-end | global | 0.001 | 40.0 [20.0, 60.0] (n=3) |  | 0.100")
     assert "+10.0 [+10.0, +10.0] (n=2)" in lines[1] and "| 2 / 9 | 20.0" in lines[1] and "| 4.0" in lines[1]
     assert "| sft | 0.002 | 70.0 (n=1) | – |" in lines[2]
-    mixed = arms_report.tables(pd.concat([rows, rows.assign(task="chain"), rows.assign(regime="other-end")]))
+    mixed = report.tables(pd.concat([rows, rows.assign(task="chain"), rows.assign(regime="other-end")]))
     assert mixed["chain-demo-accuracy"] == mixed["digits-demo-accuracy"] and mixed["regimes"] == tables["regimes"]
     assert "20.0" in mixed["chain-demo-length"] and "models" not in mixed
 
@@ -451,7 +500,7 @@ def test_tables_of_other_regimes_stand_in_one(tmp_path):
 def test_a_regimes_teacher_has_a_line_of_its_own():
     ends = rows_of({("student", 1e-3): [0.5], ("teacher", 1e-3): [0.9]})
     other = ends.assign(regime="four-bit-teacher", accuracy=0.8)
-    table = arms_report.tables(pd.concat([ends, other]))["models"].splitlines()[2:]
+    table = report.tables(pd.concat([ends, other]))["models"].splitlines()[2:]
     assert table == [
         "| digits | student | 50.0 |",
         "| digits | teacher | 90.0 |",
@@ -462,7 +511,7 @@ def test_a_regimes_teacher_has_a_line_of_its_own():
 def test_figures_are_drawn_of_the_demo_alone(tmp_path):
     rows = rows_of({("student", 1e-3): [0.5], ("global", 1e-3): [0.6, 0.7], ("sft", 1e-3): [0.7, 0.8]})
     rows.loc[rows["arm"] == "sft", "completion_length"] = pd.Series([[]] * len(rows))  # it samples nothing
-    plots = (arms_report.plot_accuracy, arms_report.plot_gradient_norms, arms_report.plot_cost)
+    plots = (report.plot_accuracy, report.plot_gradient_norms, report.plot_cost)
     for plot in plots:
         plot(rows, tmp_path / "alone.png")
         plot(pd.concat([rows.assign(task="chain"), rows.assign(regime="sgd"), rows]), tmp_path / "among.png")
@@ -474,33 +523,33 @@ def test_figures_leave_out_arms_of_few_rates():
         ("sequence", rate): [0.5] for rate in (1e-4, 4e-4)
     }
     rows = rows_of({**rates, ("group", 1e-4): [0.5], ("student", 0.0): [0.5]})
-    assert set(arms_report.of_demo(rows)["arm"]) == {"global", "sequence", "student"}
+    assert set(report.of_demo(rows)["arm"]) == {"global", "sequence", "student"}
 
 
 def test_the_range_of_an_arm_ends_where_it_breaks():
     rows = rows_of({("none", 1e-4): [0.9], ("none", 2e-4): [0.7], ("none", 4e-4): [0.88], ("none", 8e-4): [0.9]})
-    assert "| none | 0.0001 |" in arms_report.best_rates(rows)  # the first of two equal ones
+    assert "| none | 0.0001 |" in report.best_rates(rows)  # the first of two equal ones
     rows.loc[rows["learning_rate"] == 8e-4, "accuracy"] = 0.92
-    assert "0.0004 to 0.0008 | 2× |" in arms_report.best_rates(rows)
+    assert "0.0004 to 0.0008 | 2× |" in report.best_rates(rows)
 
 
 def test_tables_of_a_document_are_replaced_and_nothing_else():
     text = "before\n<!-- a -->\nold\n<!-- end -->\nbetween\n<!-- b -->\n<!-- end -->\nafter"
-    new = arms_report.replace_tables(text, {"a": "| A |", "b": "| B |"})
+    new = report.replace_tables(text, {"a": "| A |", "b": "| B |"})
     assert new == "before\n<!-- a -->\n| A |\n<!-- end -->\nbetween\n<!-- b -->\n| B |\n<!-- end -->\nafter"
-    assert arms_report.replace_tables(new, {"a": "| A |", "b": "| B |"}) == new
+    assert report.replace_tables(new, {"a": "| A |", "b": "| B |"}) == new
 
 
 def test_seconds_are_those_of_a_step_and_beside_the_peer_of_the_same_seed(tmp_path):
     rows = rows_of({("global", 1e-3): [0.6, 0.8], ("distillation", 1e-3): [0.5, 0.7]})
     rows["train_seconds"] = [3.0, 6.0, 6.0, 6.0]
-    header, _, ours, peer = arms_report.time_table(rows).splitlines()
+    header, _, ours, peer = report.time_table(rows).splitlines()
     assert header.endswith("| to distillation | accuracy at the end, % |")
     assert ours.startswith("| digits | global | 0.001 | 21.0 ") and ours.endswith("| 70.0 [60.0, 80.0] (n=2) |")
     assert "| 1.500 [1.000, 2.000] (n=2) | 0.75 [0.50, 1.00] (n=2) |" in ours
     assert "| 2.000 [2.000, 2.000] (n=2) | – |" in peer
     both = pd.concat([rows, rows.assign(task="chain")])
-    arms_report.plot_time(both, both.assign(arm="student"), tmp_path / "time.png")
+    report.plot_time(both, both.assign(arm="student"), tmp_path / "time.png")
     assert (tmp_path / "time.png").stat().st_size > 0
 
 
@@ -515,7 +564,7 @@ def test_tables_of_the_pretrained_pair():
     rows.append(
         {**row, "arm": "student", "learning_rate": 0.0, "seed": 0, "reverse_kl": 0.8, "eval_reverse_kl": [0.8]}
     )
-    new = arms_report.pretrained_tables(pd.DataFrame(rows))
+    new = report.pretrained_tables(pd.DataFrame(rows))
     both = "[{0}, {0}] (n=2)".format
     line = f"| 4 | 0.0001 | distillation | 0.500 {both('0.500')} | 0.300 {both('0.300')} | -0.100 {both('-0.100')} |"
     assert (
@@ -530,7 +579,7 @@ def test_tables_of_the_pretrained_pair():
 
 
 def test_the_document_holds_the_tables_of_the_committed_rows():
-    text = (arms.ROOT / "docs" / "evidence.md").read_text()
-    results, *others = (module.RESULTS for module in (arms, gradient_noise, moments, pretrained))
-    committed = (results, arms_report.TIMES, *others)
-    assert arms_report.replace_tables(text, arms_report.all_tables(*committed)) == text
+    text = (ROOT / "docs" / "evidence.md").read_text()
+    results, *others = (module.RESULTS for module in (command, gradient_noise, moments, pretrained))
+    committed = (results, report.TIMES, *others)
+    assert report.replace_tables(text, report.all_tables(*committed)) == text

@@ -117,7 +117,7 @@ class Parsed(Exception):
 
 
 def check_script(path: str, arguments: list[str], monkeypatch) -> None:
-    """Run a script up to the point where it has parsed its arguments."""
+    """Run a script, or a module by its name, up to the point where it has parsed its arguments."""
     parse_known_args = argparse.ArgumentParser.parse_known_args
 
     def parse_and_stop(parser, *args, **kwargs):
@@ -129,7 +129,8 @@ def check_script(path: str, arguments: list[str], monkeypatch) -> None:
         context.setattr(sys, "argv", [path, *arguments])
         context.setattr(argparse.ArgumentParser, "parse_known_args", parse_and_stop)
         with pytest.raises(Parsed):
-            runpy.run_path(path, run_name="__main__")
+            run = runpy.run_path if path.endswith(".py") else runpy.run_module
+            run(path, run_name="__main__")
 
 
 def check_install(requirements: list[str]) -> None:
@@ -173,6 +174,8 @@ def check_command(words: list[str], monkeypatch, pytestconfig) -> None:
             check_training(launch.training_script_args)
         case ["python" | ".venv/bin/python", "-m", "pytest", *arguments]:
             check_pytest(arguments, pytestconfig)
+        case ["python", "-m", module, *arguments] if module.startswith("benchmarks."):
+            check_script(module, arguments, monkeypatch)
         case ["python" | ".venv/bin/python", script, *arguments] if script.startswith(("examples/", "benchmarks/")):
             check_script(script, arguments, monkeypatch)
         case ["gndpo-report", *arguments]:
@@ -237,7 +240,7 @@ def check_citation(entry: str) -> None:
         ("bash", "pythn examples/evaluate.py", "No check for the command: pythn"),
         ("bash", "make tset", "tset"),
         ("bash", "pip install -e '.[maths]'", "maths"),
-        ("bash", "python benchmarks/memory_table.py --gpu-count 8", "gpu-count"),
+        ("bash", "python -m benchmarks.cost.memory_table --gpu-count 8", "gpu-count"),
         ("bash", "if true; then\n    make test\nfi", "No check for the command: if"),
         ("python", "from gndpo_trl import GNDPOTrain", "GNDPOTrain"),
         ("", "anything", "No check for a block of no language"),

@@ -6,10 +6,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pandas as pd
-import pretrained
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from benchmarks.arms import pretrained
 
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

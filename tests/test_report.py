@@ -11,7 +11,11 @@ import pytest
 from helpers import CHROMIUM
 from PIL import Image
 from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+import gndpo_trl
+from gndpo_trl.report import runs
 from gndpo_trl.report.command import main, write_report
 from gndpo_trl.report.figures import COLOURS, look, smooth
 from gndpo_trl.report.runs import THROUGHPUT, TokenPage, read_run, read_runs, short_names
@@ -275,3 +279,25 @@ def test_the_command_is_installed(tmp_path):
     process = subprocess.run([command, folder], capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert (folder / "report" / "report.html").is_file()
+
+
+def test_a_report_is_made_without_loading_torch_or_trl(tmp_path):
+    folder = write_state(tmp_path / "run", history())
+    script = (
+        "import sys, gndpo_trl, gndpo_trl.report.command as command; command.main(sys.argv[1:]); print(*sys.modules)"
+    )
+    process = subprocess.run([sys.executable, "-c", script, folder], capture_output=True, text=True)
+    assert process.returncode == 0, process.stderr
+    loaded = set(process.stdout.split())
+    assert "gndpo_trl.report.page" in loaded and not loaded & {"datasets", "torch", "transformers", "trl"}
+
+
+def test_files_of_a_run_have_the_names_that_transformers_gives_them():
+    assert (runs.TRAINER_STATE_NAME, runs.PREFIX_CHECKPOINT_DIR) == (TRAINER_STATE_NAME, PREFIX_CHECKPOINT_DIR)
+
+
+def test_the_package_exports_what_it_lists_and_nothing_else():
+    assert {*gndpo_trl.__all__} <= {*dir(gndpo_trl)}
+    assert gndpo_trl.GNDPOTrainer.__name__ == "GNDPOTrainer"
+    with pytest.raises(AttributeError, match="has no attribute 'GNDPOTrain'"):
+        _ = gndpo_trl.GNDPOTrain

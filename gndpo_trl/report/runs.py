@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from ..token_view.mixin import FOLDER
+from ..token_view import FOLDER
 
+
+# Those of transformers, which takes seconds to import.
+TRAINER_STATE_NAME = "trainer_state.json"
+PREFIX_CHECKPOINT_DIR = "checkpoint"
 
 # Prompt and completion tokens of all ranks since the last log, for each second; made of two metrics.
 THROUGHPUT = "tokens per second"

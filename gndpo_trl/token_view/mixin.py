@@ -10,13 +10,11 @@ import torch
 from accelerate.utils import gather_object
 from transformers.utils import is_rich_available
 
+from . import FOLDER
 from .page import write_page
 from .rows import TokenRow, rows_of
 from .table import report_table, write_parquet
 from .token_text import TokenTexts
-
-
-FOLDER = "token_scores"
 
 
 class TokenViewMixin:

@@ -1,7 +1,7 @@
 """
 How much of a gradient is signal: that of every arm, on the same samples, against its own mean over many batches.
 
-    python benchmarks/gradient_noise.py --seeds 30 31 32 33 34
+    python -m benchmarks.arms.gradient_noise --seeds 30 31 32 33 34
 
 Runs of 200 steps compare arms by what comes of them, at a minute for each number. Here one student is held still, batches
 are drawn from it, and every arm makes its gradient of each: `-mean over completions of mean over tokens of A log p`, as in
@@ -30,23 +30,21 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-import transforms
-from arm_cells import SMOKE_TASKS, TASKS
-from arm_models import build_once, load_model, load_processor, round_weights, tokenize
-from arm_runs import add_outliers
-from arm_sampling import sample
-from arm_trainers import build_transform
-from arms import ROOT, write_whole
 from datasets import load_from_disk
 from transformers import PreTrainedModel
 
-from gndpo_trl.objective.advantages import compute_advantages, normalize, population_moments
-from gndpo_trl.objective.scores import power_scores
+from gndpo_trl.objective.advantages import Population
+from gndpo_trl.objective.scores import clamp_scores, power_scores
+
+from .cells import SMOKE_TASKS, TASKS
+from .models import build_once, load_model, load_processor, round_weights, sample, tokenize
+from .results import FOLDER, ROOT, write_whole
+from .runs import add_outliers
+from .transforms import SCORE_CLIP, build_transform
 
 
-RESULTS = ROOT / "benchmarks" / "gradient_noise.parquet"
+RESULTS = FOLDER / "gradient_noise.parquet"
 NUM_GENERATIONS = 4
-SCORE_CLIP = transforms.SCORE_CLIP
 
 STUDENTS = ("start", "later", "own-teacher")
 LATER_STEPS = 60
@@ -70,10 +68,16 @@ class Batch:
         return self.of_sampled(self.teacher - self.student.detach()).masked_fill(~self.mask, 0.0)
 
 
-def whitened(**options) -> Callable[[Batch], torch.Tensor]:
-    return lambda batch: compute_advantages(
-        batch.scores, batch.mask, num_generations=NUM_GENERATIONS, **{"score_clip": SCORE_CLIP, **options}
-    )[0]
+def whitened(
+    normalization: str, score_clip: float | None = SCORE_CLIP, std_floor: float = 0.0
+) -> Callable[[Batch], torch.Tensor]:
+    population = Population(normalization, std_floor, NUM_GENERATIONS)
+
+    def advantages(batch: Batch) -> torch.Tensor:
+        scores = clamp_scores(batch.scores, batch.mask, score_clip)
+        return population.whiten(scores, batch.mask, population.moments(scores, batch.mask))
+
+    return advantages
 
 
 def transform(name: str) -> Callable[[Batch], torch.Tensor]:
@@ -89,25 +93,26 @@ def power(exponent: float) -> Callable[[Batch], torch.Tensor]:
 
 def expected(normalization: str) -> Callable[[Batch], torch.Tensor]:
     """Clamped scores minus the expected clamped score of their position under the student, then only scaled."""
+    population = Population(normalization)
 
     def advantages(batch: Batch) -> torch.Tensor:
         student = batch.student.detach()
         baseline = (student.exp() * (batch.teacher - student).clamp(-SCORE_CLIP, SCORE_CLIP)).sum(-1)
         relative = (batch.scores.clamp(-SCORE_CLIP, SCORE_CLIP) - baseline).masked_fill(~batch.mask, 0.0)
-        moments = population_moments(relative, batch.mask, normalization=normalization)
-        return normalize(relative, batch.mask, moments, subtract_mean=False)[0]
+        moments = population.moments(relative, batch.mask)
+        return population.whiten(relative, batch.mask, moments, subtract_mean=False)
 
     return advantages
 
 
 # Arms that look at sampled tokens: advantages `(B, T)` of a batch.
 SAMPLED = {
-    "none": whitened(normalization="none"),
-    "raw": whitened(normalization="none", score_clip=None),
-    "global": whitened(normalization="global"),
-    "global, std_floor 0.1": whitened(normalization="global", std_floor=0.1),
-    "group": whitened(normalization="group"),
-    "sequence": whitened(normalization="sequence"),
+    "none": whitened("none"),
+    "raw": whitened("none", score_clip=None),
+    "global": whitened("global"),
+    "global, std_floor 0.1": whitened("global", std_floor=0.1),
+    "group": whitened("group"),
+    "sequence": whitened("sequence"),
     "expected": expected("global"),
     "expected-sequence": expected("sequence"),
     **{name: transform(name) for name in ("scale", "center", "scale-sequence", "center-sequence", "robust", "tanh")},
@@ -216,7 +221,7 @@ def main() -> int:
     parser.add_argument("--teachers", nargs="+", default=["teacher", "outliers"], choices=["teacher", "outliers"])
     parser.add_argument("--prompts", nargs="+", type=int, default=[1, 4, 16], help="of a batch, 4 completions each")
     parser.add_argument("--batches", type=int, default=24, help="of 16 prompts; more of smaller ones")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "arms", help="where arms.py keeps models")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "arms", help="where the arms keep models")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--smoke", action="store_true", help="models that know nothing, two batches")
     args = parser.parse_args()

@@ -1,14 +1,20 @@
 """
-Advantages that others propose in the place of whitened scores: pure functions of tensors, compared in `arms.py`.
+Advantages that others propose in the place of whitened scores: pure functions of tensors, compared as arms.
 
-Shapes and names are those of `gndpo_trl.objective.advantages`: `scores` `(B, T)` are teacher log-prob minus student
+Shapes and names are those of `gndpo_trl.objective`: `scores` `(B, T)` are teacher log-prob minus student
 log-prob of the sampled tokens, in nats and before any clamp, `mask` `(B, T)` is True on valid tokens, and every function
-returns advantages `(B, T)`, 0 where the mask is False. All of a generation batch is in one process here.
+returns advantages `(B, T)`, 0 where the mask is False. All of a generation batch is in one process here. [`Transformed`]
+makes an estimator of each of them.
 """
+
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
-from gndpo_trl.objective.advantages import VARIANCE_EPSILON, clamp_scores, merge_moments, row_moments
+from gndpo_trl.estimators import Sampled
+from gndpo_trl.objective.advantages import VARIANCE_EPSILON, merge_moments, row_moments
+from gndpo_trl.objective.scores import clamp_scores
 
 
 SCORE_CLIP = 5.0  # nats, the reference's
@@ -85,3 +91,27 @@ class Running:
 def tanh(scores: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """A smooth clamp: `c tanh(score / c)` with the reference's c, an arm of PowerOPD's comparison (arXiv 2606.17199)."""
     return (SCORE_CLIP * torch.tanh(scores / SCORE_CLIP)).masked_fill(~mask, 0.0)
+
+
+class Transformed(Sampled):
+    """
+    An estimator: advantages that a function makes of the raw scores of a generation batch.
+
+    Args:
+        transform (`Callable`): Makes advantages of scores and their mask, as those above.
+    """
+
+    def __init__(self, transform: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]):
+        self.transform = transform
+
+    def advantages(self, scores, reading, mask, population):
+        return self.transform(scores.raw, mask), None
+
+
+def build_transform(name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The function of an arm's name; one per run, since `running` remembers."""
+    if name == "running":
+        return Running()
+    if name.endswith("-sequence"):
+        return partial(globals()[name.removesuffix("-sequence")], by_sequence=True)
+    return globals()[name]

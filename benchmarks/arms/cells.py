@@ -14,7 +14,7 @@ class Arm:
             vocabulary), `"sft"` (TRL's `SFTTrainer` on completions that the teacher sampled for the same prompts),
             `"gspo"` (`GSPOTrainer` on the accuracy of the answer, without a teacher).
         options: Fields of its configuration that differ from the recipe's.
-        transform: What makes the advantages in the place of GNDPO's normalization, see `arm_trainers.py`.
+        transform: What makes the advantages in the place of GNDPO's normalization, see `transforms.py`.
     """
 
     trainer: str = "gndpo"
@@ -45,6 +45,10 @@ ARMS = {
     "power-0.5": Arm(options={"score_power": 0.5, "score_clip": None, "advantage_normalization": "none"}),
     "power-1": Arm(options={"score_power": 1.0, "score_clip": None, "advantage_normalization": "none"}),
     "power-1-global": Arm(options={"score_power": 1.0, "score_clip": None}),
+    "discount-0.5": Arm(options={"score_discount": 0.5}),
+    "discount-0.9": Arm(options={"score_discount": 0.9}),
+    "extrapolation-1.25": Arm(options={"extrapolation": 1.25}),
+    "extrapolation-1.5": Arm(options={"extrapolation": 1.5}),
     # In the benchmark alone.
     "scale": Arm(transform="scale"),
     "center": Arm(transform="center"),
@@ -131,3 +135,18 @@ REGIMES = {
     "own-teacher": Regime(teacher="student"),
     "own-teacher-floor": Regime(teacher="student", options={"std_floor": 0.1}),
 }
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One run. Two cells that are equal are the same run."""
+
+    task: str
+    regime: str
+    arm: str
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.task}-{self.regime}-{self.arm}-lr{self.learning_rate:g}-seed{self.seed}"

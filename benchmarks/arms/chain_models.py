@@ -3,11 +3,12 @@
 from pathlib import Path
 
 import numpy as np
-from chain_data import with_wrong_sums
 from datasets import Dataset, DatasetDict
 from digits_models import SPECIAL_TOKENS, build_model, save, train_sft
 from digits_models import build_processor as build_digits_processor
 from transformers import LlavaProcessor
+
+from .chain_data import with_wrong_sums
 
 
 WORDS = ["\n", "system", "user", "assistant", "Plain", "Checking", "Counting", ":", " what", " is", " the", " first"]

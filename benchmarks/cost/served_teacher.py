@@ -2,9 +2,9 @@
 What a teacher behind a vLLM server saves and costs: wall time of a step beside that with the same teacher in the
 process, and the bytes that cross the network for each token.
 
-    python benchmarks/served_teacher.py --build
+    python -m benchmarks.cost.served_teacher --build
     vllm serve runs/served_teacher/teacher --dtype float32 --enforce-eager --max-model-len 2048
-    python benchmarks/served_teacher.py --url http://localhost:8000
+    python -m benchmarks.cost.served_teacher --url http://localhost:8000
 
 Random Qwen3 models and completions of random lengths; nothing is sampled, so that a step is scoring and loss alone.
 """
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
 
 
-FOLDER = Path(__file__).parents[1] / "runs" / "served_teacher"
+FOLDER = Path(__file__).parents[2] / "runs" / "served_teacher"
 WIDTHS = {"student": (256, 4), "teacher": (512, 8)}  # hidden size, layers
 VOCABULARY, PROMPT, COMPLETIONS, COMPLETION, STEPS = 8192, 128, 16, 512, 6
 

@@ -1,9 +1,9 @@
 """
-The tables and figures of `docs/evidence.md`, from the rows of `arms.py`, `gradient_noise.py`, `moments.py` and
-`pretrained.py`. Those of `arms_time.parquet` are rows of `arms.py` too, of runs that had the machine for themselves.
+The tables and figures of `docs/evidence.md`, from the rows of the arms' runs, `gradient_noise.py`, `moments.py` and
+`pretrained.py`. Those of `timed_runs.parquet` are of runs of the arms too, which had the machine for themselves.
 
-    python benchmarks/arms_report.py            # rewrites them in the document
-    python benchmarks/arms_report.py --print    # prints the tables
+    python -m benchmarks.arms.report            # rewrites them in the document
+    python -m benchmarks.arms.report --print    # prints the tables
 
 Intervals are percentile bootstraps of the mean over seeds. Differences are paired: the same seed means the same data, the
 same two models and the same prompts, so that what a seed makes easy for all arms does not enter them. With five seeds an
@@ -17,18 +17,19 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import pandas as pd
-from arm_cells import ARMS, REGIMES, TASKS
 from matplotlib.axes import Axes
 
 from gndpo_trl.report.figures import look
+
+from .cells import ARMS, REGIMES, TASKS
+from .results import FOLDER, ROOT
 
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 
-ROOT = Path(__file__).parents[1]
-TIMES = ROOT / "benchmarks" / "arms_time.parquet"
+TIMES = FOLDER / "timed_runs.parquet"
 RESAMPLES = 10_000
 REFERENCE = "global"
 PEER = "distillation"
@@ -81,7 +82,7 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def in_order(names) -> list[str]:
-    """Arms as `arm_cells.py` lists them."""
+    """Arms as `cells.py` lists them."""
     return [arm for arm in ARMS if arm in set(names)]
 
 
@@ -473,11 +474,11 @@ def all_tables(results: Path, times: Path, noise: Path, moments: Path, pretraine
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "arms.parquet")
+    parser.add_argument("--results", type=Path, default=FOLDER / "runs.parquet")
     parser.add_argument("--times", type=Path, default=TIMES)
-    parser.add_argument("--noise", type=Path, default=ROOT / "benchmarks" / "gradient_noise.parquet")
-    parser.add_argument("--moments", type=Path, default=ROOT / "benchmarks" / "moments.parquet")
-    parser.add_argument("--pretrained", type=Path, default=ROOT / "benchmarks" / "pretrained.parquet")
+    parser.add_argument("--noise", type=Path, default=FOLDER / "gradient_noise.parquet")
+    parser.add_argument("--moments", type=Path, default=FOLDER / "moments.parquet")
+    parser.add_argument("--pretrained", type=Path, default=FOLDER / "pretrained.parquet")
     parser.add_argument("--document", type=Path, default=ROOT / "docs" / "evidence.md")
     parser.add_argument("--print", action="store_true", help="print the tables and write nothing")
     args = parser.parse_args()

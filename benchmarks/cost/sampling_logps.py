@@ -2,7 +2,7 @@
 How far `use_sampling_logps` moves the advantages when the sampler computes in bfloat16 and the trainer in float32.
 
     make demo SEED=20
-    python benchmarks/sampling_logps.py --seed 20
+    python -m benchmarks.cost.sampling_logps --seed 20
 
 On batches of the digits demo, with its student before training: the advantages with statistics of the sampler's
 log-probs, against those with statistics of the trainer's (the default), and against the sampler's log-probs throughout.
@@ -18,10 +18,11 @@ from trl.trainer.utils import add_fused_lm_head
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
 from gndpo_trl.grpo.rollouts import valid_tokens
-from gndpo_trl.objective.advantages import clamp_scores, population_moments, token_scores, whiten
+from gndpo_trl.objective.advantages import Population, whiten
+from gndpo_trl.objective.scores import clamp_scores, token_scores
 
 
-DIGITS = Path(__file__).parents[1] / "runs" / "digits"
+DIGITS = Path(__file__).parents[2] / "runs" / "digits"
 
 
 def main() -> None:
@@ -64,7 +65,7 @@ def main() -> None:
             sampling_logps = trainer._per_token_logps(sampler, rollout).float()
         scores = clamp_scores(token_scores(teacher_logps, student_logps, mask), mask, 5.0)
         from_sampler = clamp_scores(token_scores(teacher_logps, sampling_logps, mask), mask, 5.0)
-        moments = population_moments(from_sampler, mask)
+        moments = Population().moments(from_sampler, mask)
         noise = (sampling_logps - student_logps)[mask].abs().max()
         throughout = (whiten(from_sampler, mask, moments) - rollout["advantages"]).abs().max()
         statistics = (whiten(scores, mask, moments) - rollout["advantages"]).abs().max()

@@ -1,7 +1,7 @@
 """
 Memory per GPU for the weights, gradients and optimizer state of student and teacher, by ZeRO stage, as a Markdown table.
 
-    python benchmarks/memory_table.py --gpus 8
+    python -m benchmarks.cost.memory_table --gpus 8
 
 Parameters are counted on models built from their configurations without weights; the student's states are DeepSpeed's
 own estimates for mixed-precision Adam, the teacher's are its bf16 weights. Activations, generation (vLLM's or the KV

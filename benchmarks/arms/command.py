@@ -1,8 +1,8 @@
 """
 Ways to turn a teacher's scores into a gradient, side by side: the same models, data, batches and number of steps.
 
-    python benchmarks/arms.py --arms global none distillation --learning_rates 2e-4 6e-4 2e-3 --seeds 30 31 32 33 34
-    python benchmarks/arms_report.py
+    python -m benchmarks.arms --arms global none distillation --learning_rates 2e-4 6e-4 2e-3 --seeds 30 31 32 33 34
+    python -m benchmarks.arms.report
 
 A *cell* is one run: a task, a regime (what is made hard about it), an arm, a learning rate and a seed. Its row is written
 when it ends, in one piece, and a cell that has a row is not run again, so the command can be stopped and repeated, and the
@@ -11,7 +11,7 @@ stands there counts as run.
 
 Models and data of a task and seed are built once and kept in `--output_dir`. Each process has one thread, since models this
 small gain nothing from more. Seconds in the rows are those of a machine that others used too, see the columns `jobs` and
-`load`; `benchmarks/step_cost.py` is what measures time.
+`load`; `python benchmarks/step_cost.py` measures time.
 """
 
 import argparse
@@ -21,20 +21,18 @@ import logging
 import multiprocessing
 import os
 import signal
-import subprocess
 import sys
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
-import pandas as pd
-from arm_cells import ARMS, REGIMES, SMOKE_TASKS, TASKS
+from .cells import ARMS, REGIMES, SMOKE_TASKS, TASKS, Cell
+from .results import FOLDER, ROOT, code_version, conclude, finished_cells, read_rows, write_results, write_whole
 
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "arms.parquet"
+RESULTS = FOLDER / "runs.parquet"
 
 # Read by glibc, OpenMP and tokenizers when a process starts: freed memory is kept for the next step's tensors.
 ENVIRONMENT = {
@@ -47,63 +45,16 @@ ENVIRONMENT = {
 }
 
 
-@dataclass(frozen=True, order=True)
-class Cell:
-    """One run. Two cells that are equal are the same run."""
-
-    task: str
-    regime: str
-    arm: str
-    learning_rate: float
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.task}-{self.regime}-{self.arm}-lr{self.learning_rate:g}-seed{self.seed}"
-
-
-def finished_cells(rows: list[dict], cell: type = Cell) -> set:
-    return {cell(*(row[name] for name in cell.__dataclass_fields__)) for row in rows}
-
-
-def read_rows(results: Path, output_dir: Path) -> list[dict]:
-    """All rows there are: those of earlier commands in `results`, and the files of single cells."""
-    rows = pd.read_parquet(results).to_dict("records") if results.exists() else []
-    known = finished_cells(rows)
-    files = sorted((output_dir / "cells").glob("*.json"))
-    new = [json.loads(file.read_text()) for file in files]
-    return rows + [row for row in new if not finished_cells([row]) & known]
-
-
-def write_whole(path: Path, write) -> None:
-    """Have `write` write the file `path`, so that whoever is interrupted leaves none or the whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    write(partial)
-    partial.replace(path)
-
-
-def write_results(rows: list[dict], path: Path, cell: type = Cell) -> None:
-    table = pd.DataFrame(rows).sort_values(list(cell.__dataclass_fields__), ignore_index=True)
-    write_whole(path, lambda partial: table.to_parquet(partial, compression="zstd"))
-
-
 def build(task: str, seed: int, which: str, output_dir: Path, smoke: bool) -> None:
     """In a worker: build a model that the cells of a task and seed have in common, if it is not there."""
-    from arm_models import build_once
+    from .models import build_once
 
     build_once(task, (SMOKE_TASKS if smoke else TASKS)[task], seed, which, output_dir)
 
 
-def code_version() -> str:
-    """The commit that runs, with a `+` where files differ from it."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty=+"]
-    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-
-
 def run(cell: Cell, output_dir: Path, smoke: bool, jobs: int, commit: str) -> float:
     """In a worker: run a cell and write its row. Returns its seconds."""
-    from arm_runs import run_cell
+    from .runs import run_cell
 
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -116,16 +67,10 @@ def run(cell: Cell, output_dir: Path, smoke: bool, jobs: int, commit: str) -> fl
     return seconds
 
 
-def conclude(rows: list[dict], results: Path, failed: list[str]) -> int:
-    """Say how a command has ended; returns its exit status."""
-    print(f"{len(rows)} rows: {results}")
-    if failed:
-        print(f"{len(failed)} cells failed: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.arms", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tasks", nargs="+", default=["digits"], choices=TASKS)
     parser.add_argument("--regimes", nargs="+", default=["demo"], choices=REGIMES)
     parser.add_argument("--arms", nargs="+", default=["global", "none", "distillation"], choices=ARMS)
@@ -188,7 +133,3 @@ def main() -> int:
             if rows:
                 write_results(rows, args.results)
     return conclude(rows, args.results, failed)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

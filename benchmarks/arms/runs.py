@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from arm_cells import ARMS, REGIMES, SMOKE_REGIME, SMOKE_TASKS, TASKS
-from arm_models import (
+from datasets import load_from_disk
+from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, TrainerCallback
+
+from .cells import ARMS, REGIMES, SMOKE_REGIME, SMOKE_TASKS, TASKS
+from .models import (
     Evaluation,
     Evaluator,
     build_once,
@@ -19,9 +22,7 @@ from arm_models import (
     round_weights,
     swap_ends,
 )
-from arm_trainers import build_trainer
-from datasets import load_from_disk
-from transformers import PreTrainedModel, PrinterCallback, ProcessorMixin, TrainerCallback
+from .trainers import build_trainer
 
 
 # Share of positions at which the teacher with outliers is sure of a random token, and the length of its hidden state there.

@@ -1,14 +1,15 @@
 """Data and models of the tasks, built once and kept, and what is measured of a student on questions it has not seen."""
 
 import shutil
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import digits_data
+import digits_models
 import torch
-from arm_cells import Task
-from arm_sampling import sample
 from datasets import load_from_disk
+from digits_data import is_correct
+from digits_models import build_model, save, tokenize
 from filelock import FileLock
 from transformers import (
     AutoModelForImageTextToText,
@@ -20,14 +21,8 @@ from transformers import (
 )
 from transformers.image_utils import make_flat_list_of_images
 
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
-import chain_data  # noqa: E402
-import chain_models  # noqa: E402
-import digits_data  # noqa: E402
-import digits_models  # noqa: E402
-from digits_data import is_correct  # noqa: E402
-from digits_models import build_model, save, tokenize  # noqa: E402
+from . import chain_data, chain_models
+from .cells import Task
 
 
 # Where the data and the models of a task are made, by functions of the same names.
@@ -134,6 +129,42 @@ def load_processor(path: Path) -> ProcessorMixin:
     return processor
 
 
+@torch.no_grad()
+def sample(
+    model: PreTrainedModel,
+    questions: dict[str, torch.Tensor],
+    end_id: int,
+    max_new_tokens: int,
+    *,
+    repeats: int = 1,
+    greedy: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Completions of prompts, by `generate`: at temperature 1 and without placeholders of images, as the trainers sample; or
+    greedily, where nothing is suppressed, so that a model that says `<image>` is wrong on that row.
+
+    Args:
+        model ([`~transformers.PreTrainedModel`]): An image-text model.
+        questions (`dict`): `input_ids` and `attention_mask` `(B, P)`, `pixel_values`.
+        end_id (`int`): Token that ends a completion.
+        max_new_tokens (`int`): Length after which a completion is cut off.
+        repeats (`int`, *optional*, defaults to `1`): Completions of each prompt, next to each other in the result.
+        greedy (`bool`, *optional*, defaults to `False`): Take the likeliest token.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: token ids `(B * repeats, T)`, and a mask of that shape that is True up to and
+            including the token that ends the completion.
+    """
+    options = {"do_sample": False}
+    if not greedy:
+        options = {"do_sample": True, "top_k": 0, "suppress_tokens": [model.config.image_token_id]}
+    repeated = {key: value.repeat_interleave(repeats, dim=0) for key, value in questions.items()}
+    tokens = model.generate(**repeated, eos_token_id=end_id, max_new_tokens=max_new_tokens, **options)
+    tokens = tokens[:, questions["input_ids"].shape[1] :]
+    is_end = tokens == end_id
+    return tokens, is_end.cumsum(-1) - is_end.long() == 0
+
+
 @dataclass
 class Evaluation:
     """
@@ -180,8 +211,7 @@ class Evaluator:
         return bool(model(**{key: value[:1] for key, value in self.questions.items()}).logits.isfinite().all())
 
     def greedy_accuracy(self, model: PreTrainedModel) -> float:
-        # Nothing is suppressed: a model that says `<image>` is wrong on that row.
-        tokens, mask = sample(model, self.questions, self.end_id, self.max_new_tokens, greedy=True, suppress=False)
+        tokens, mask = sample(model, self.questions, self.end_id, self.max_new_tokens, greedy=True)
         texts = [
             self.processor.decode(ids[keep], skip_special_tokens=True) for ids, keep in zip(tokens, mask, strict=True)
         ]

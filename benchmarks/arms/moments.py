@@ -1,7 +1,7 @@
 """
 How well a batch knows the mean and the standard deviation of the scores, which global normalization divides by.
 
-    python benchmarks/moments.py --tasks digits chain --seeds 30 31 32
+    python -m benchmarks.arms.moments --tasks digits chain --seeds 30 31 32
 
 The student that runs begin with is held still and answers many training prompts four times. Batches are then drawn from
 these prompts with replacement, a prompt with all of its completions, since these are alike. Written for each number of
@@ -20,16 +20,17 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from arm_cells import SMOKE_TASKS, TASKS
-from arm_models import build_once, load_model, load_processor
-from arms import ROOT, write_whole
 from datasets import load_from_disk
-from gradient_noise import NUM_GENERATIONS, SCORE_CLIP, draw, take
 
 from gndpo_trl.objective.advantages import merge_moments, row_moments, shift_and_scale
 
+from .cells import SMOKE_TASKS, TASKS
+from .gradient_noise import NUM_GENERATIONS, SCORE_CLIP, draw, take
+from .models import build_once, load_model, load_processor
+from .results import FOLDER, ROOT, write_whole
 
-RESULTS = ROOT / "benchmarks" / "moments.parquet"
+
+RESULTS = FOLDER / "moments.parquet"
 BATCHES = 10_000
 SIZES = (1, 4, 16, 64)
 
@@ -58,7 +59,7 @@ def main() -> int:
     parser.add_argument("--tasks", nargs="+", default=["digits", "chain"], choices=TASKS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[30, 31, 32])
     parser.add_argument("--prompts", type=int, default=1024, help="that the student answers, a multiple of 16")
-    parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "arms", help="where arms.py keeps models")
+    parser.add_argument("--output_dir", type=Path, default=ROOT / "runs" / "arms", help="where the arms keep models")
     parser.add_argument("--results", type=Path, default=RESULTS, help="rows of other tasks and seeds stay")
     parser.add_argument("--smoke", action="store_true", help="models that know nothing")
     args = parser.parse_args()
