@@ -1,7 +1,6 @@
 """Trainers whose rows share their prompts: plans of passes, gradients, metrics, log lines."""
 
 import logging
-from itertools import combinations
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from gndpo_trl.grpo.branch_attention import IMPLEMENTATION
-from gndpo_trl.grpo.shared_prompts import Plan, cut_within, pass_costs
+from gndpo_trl.grpo.shared_prompts import Plan
 from gndpo_trl.grpo.trl_hooks import ROW_MEAN_LOSSES, TOKEN_SUM_LOSSES
 
 
@@ -55,33 +54,6 @@ def test_plans_hold_every_row_once_and_cost_what_they_say(prompts, lengths, comp
             assert len(plan.passes) == num_passes
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    ranks=st.lists(
-        st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20)), min_size=6, max_size=6), min_size=1, max_size=2
-    ),
-    largest=st.integers(1, 80),
-)
-def test_no_other_cut_is_cheaper(ranks, largest):
-    costs = pass_costs(torch.tensor(ranks).transpose(1, 2).double())
-    found = cut_within(costs, costs, largest)
-
-    def total(sizes):
-        bounds = [sum(sizes[:number]) for number in range(len(sizes) + 1)]
-        parts = [costs[start, end].item() for start, end in zip(bounds, bounds[1:], strict=False)]
-        is_allowed = all(part <= largest or size == 1 for part, size in zip(parts, sizes, strict=True))
-        return sum(parts) if is_allowed else float("inf")
-
-    ways = []
-    for count in range(6):
-        for cuts in combinations(range(1, 6), count):
-            bounds = [0, *cuts, 6]
-            ways.append(tuple(end - start for start, end in zip(bounds, bounds[1:], strict=False)))
-    best = min(total(way) for way in ways)
-    assert total(found) == best
-    assert len(found) == min(len(way) for way in ways if total(way) == best)
-
-
 def test_completions_of_a_prompt_stay_together_where_they_fit():
     rows = [(50, 10)] * 4 + [(30, 5)] * 4
     prompts = [0] * 4 + [1] * 4
@@ -89,6 +61,8 @@ def test_completions_of_a_prompt_stay_together_where_they_fit():
     assert Plan(*masks(rows), prompts, largest_pass=119).passes == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert Plan(*masks(rows), prompts, largest_pass=1000).passes == [[0, 1, 2, 3, 4, 5, 6, 7]]
     assert [len(rows) for rows in Plan(*masks(rows), prompts, largest_pass=90).passes] == [2, 2, 4]
+    # A number of passes has its way: they are as small as they can be then.
+    assert Plan(*masks(rows), prompts, largest_pass=1, num_passes=2).passes == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_all_ranks_plan_alike():
