@@ -182,10 +182,10 @@ def test_scores_are_those_of_separate_rows(make_sharing, family):
     rollout = make_rollout(trainer)
     for model in (trainer.model, trainer.teacher.model):
         shared = trainer._per_token_logps(model, rollout)
-        assert trainer._reasons[model, False] is None
-        trainer._share_prompts = False
+        assert trainer._planner.reasons[model] is None
+        trainer._planner.share_prompts = False
         torch.testing.assert_close(trainer._per_token_logps(model, rollout), shared, rtol=0, atol=1e-5)
-        trainer._share_prompts = None
+        trainer._planner.share_prompts = None
 
 
 def test_prompts_are_shared_where_enough_tokens_are_saved(make_sharing, caplog):
@@ -205,7 +205,7 @@ def test_prompts_are_shared_where_enough_tokens_are_saved(make_sharing, caplog):
     trainer = make_sharing(share_prompts=None, num_generations=1)
     tokens = count_tokens(trainer)
     trainer.train()
-    assert not trainer._reasons and len(tokens["teacher"]) == 4
+    assert not trainer._planner.reasons and len(tokens["teacher"]) == 4
 
 
 def test_share_prompts_is_an_error_where_it_cannot_be_done(make_sharing):
@@ -219,14 +219,16 @@ def test_share_prompts_is_an_error_where_it_cannot_be_done(make_sharing):
 def test_a_model_that_cannot_share_trains_on_separate_rows(make_sharing, caplog):
     trainer = make_sharing(share_prompts=None, model_init_kwargs={"attn_implementation": "eager"})
     trainer.train()
-    lines = [message for message in caplog.messages if "computes a prompt once for each" in message]
+    lines = [message for message in caplog.messages if "computes each prompt again for every completion" in message]
     assert len(lines) == 2 and all("'eager'" in line for line in lines), "the teacher has the student's attention"
+    assert "Qwen3ForCausalLM computes each prompt again for every completion, because its `attn_" in lines[0]
 
 
 def test_half_precision_is_no_reason_against_it(make_sharing):
     trainer = make_sharing(bf16=True)
     trainer.train()
-    assert set(trainer._reasons.values()) == {None}
+    reasons = {**trainer._planner.reasons, **trainer._planner.reasons_in_loss}
+    assert set(reasons.values()) == {None}
 
 
 def test_losses_whose_rows_are_not_regrouped_share_prompts_too(make_sharing):
