@@ -224,6 +224,24 @@ def test_a_model_that_cannot_share_trains_on_separate_rows(make_sharing, caplog)
     assert "Qwen3ForCausalLM computes each prompt again for every completion, because its `attn_" in lines[0]
 
 
+OBSTACLES = {
+    "`pad_to_multiple_of` asks for padding": {"pad_to_multiple_of": 8},
+    "`torch_compile` compiles for rows of one shape": {"torch_compile": True},
+    "`use_transformers_continuous_batching` exchanges the attention": {"use_transformers_continuous_batching": True},
+}
+
+
+@pytest.mark.parametrize("reason", OBSTACLES)
+def test_the_log_names_what_in_the_run_keeps_prompts_from_being_shared(make_sharing, caplog, reason):
+    make_sharing(share_prompts=None, **OBSTACLES[reason])
+    lines = [message for message in caplog.messages if "again for every completion" in message]
+    assert len(lines) == 1 and f"Each prompt is computed again for every completion, because {reason}." in lines[0]
+    caplog.clear()
+    make_sharing(share_prompts=False, **OBSTACLES[reason])
+    make_sharing(share_prompts=None, num_generations=1, **OBSTACLES[reason])
+    assert "again for every completion" not in caplog.text, "nothing is lost, or it was asked for"
+
+
 def test_half_precision_is_no_reason_against_it(make_sharing):
     trainer = make_sharing(bf16=True)
     trainer.train()
