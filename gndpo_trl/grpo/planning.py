@@ -164,9 +164,9 @@ class PassPlanner:
         """Say in the log what was found out about a model, or raise where its rows have to share their prompts."""
         if reason is not None and self.share_prompts:
             raise cannot_share(core, reason)
-        name, where = type(core_of(core)).__name__, " in the loss" if in_loss else ""
+        where, name = "In the loss, " if in_loss else "", type(core_of(core)).__name__
         if reason is not None:
-            logger.warning(f"{name} computes each prompt again for every completion{where}, because {reason}.")
+            logger.warning(f"{where}{name} computes each prompt again for every completion, because {reason}.")
         elif not in_loss:
             logger.info(f"{name} computes each prompt once for all of its completions.")
 
