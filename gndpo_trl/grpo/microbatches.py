@@ -151,11 +151,10 @@ class Regrouping:
         to stay the same: `num_rows` of this rank, `num_tokens` of all ranks, and `row_share`, the rows relative to what
         they were.
         """
-        parts = []
-        for number, batch in enumerate(self.batches):
-            rows = [row % self.rows_before for row in self.groups[index] if row // self.rows_before == number]
-            if rows:
-                parts.append(select_rows(batch, rows))
+        of_batch = {}
+        for row in self.groups[index]:
+            of_batch.setdefault(row // self.rows_before, []).append(row % self.rows_before)
+        parts = [select_rows(self.batches[number], rows) for number, rows in sorted(of_batch.items())]
         num_rows = len(self.groups[index])
         weights = {"num_rows": num_rows, "num_tokens": self.num_tokens[index]}
         return {**merge_batches(parts), **weights, "row_share": num_rows / self.rows_before}

@@ -42,10 +42,10 @@ def same_prompts(batches: list[dict[str, Any]]) -> list[int]:
         images = split_pixel_values_by_grid({key: batch[key] for key in MULTIMODAL_KEYS if batch.get(key) is not None})
         images.pop("mm_token_type_ids", None)  # follow from the prompt, and cover the completion
         images.pop("token_type_ids", None)
-        texts = batch["prompt_ids"].masked_fill(batch["prompt_mask"] == 0, -1).tolist()
+        texts = batch["prompt_ids"].masked_fill(batch["prompt_mask"] == 0, -1).cpu().numpy()
         for row, text in enumerate(texts):
             of_row = {key: values[row] for key, values in images.items()}
-            candidates = seen.setdefault(tuple(text), [])
+            candidates = seen.setdefault(text.tobytes(), [])
             number = next((number for number, other in candidates if equal(of_row, other)), None)
             if number is None:
                 number, count = count, count + 1
