@@ -83,11 +83,11 @@ def least_costs_by_number(table: np.ndarray, ends: np.ndarray, num_groups: int) 
     """
     What [`least_costs`] are in no group, in one, and so on up to `num_groups`.
 
-    Only first rows are looked at that groups can hold, and whose rest the remaining groups can. These are few, if groups
-    have no more room than they need.
+    Looked at are only as many rows as these groups can hold and leave to the remaining ones. Where groups have little more
+    room than they need, that saves most of the work.
     """
     largest, num_rows = len(table), len(ends)
-    furthest, nearest = [0], [num_rows]  # the first rows in so many groups at most, and all rows but those of so many
+    furthest, nearest = [0], [num_rows]  # most rows in so many groups; fewest rows before the last so many groups
     for _ in range(num_groups):
         furthest.append(ends[min(furthest[-1], num_rows - 1)])
         nearest.append(np.searchsorted(ends, nearest[-1]))

@@ -195,15 +195,14 @@ class Plan:
         adds = [branch_lengths[row] + begin * prompt_lengths[row] for row, begin in zip(order, begins, strict=True)]
         again = [(not begin) * prompt_lengths[row] for row, begin in zip(order, begins, strict=True)]
         whole = [prompt_lengths[row] + branch_lengths[row] for row in order]
-        ranks = gather(torch.tensor([[adds, again, whole]], device=prompt_mask.device)).cpu().numpy()
-        costs = PassCosts(ranks)
-        ends = costs.ends_within(largest_pass)
+        costs = PassCosts(gather(torch.tensor([[adds, again, whole]], device=prompt_mask.device)).cpu().numpy())
         if num_passes is not None:
             rows = np.arange(len(order))
-            largest_pass = max(largest_pass, math.ceil(costs.memory(rows, rows + 1).max()))
-            limits = range(largest_pass, math.ceil(costs.memory(rows[:1], rows[-1:] + 1).item()))
-            ends = costs.ends_within(smallest_limit(costs.ends_within, num_passes, limits))
-        bounds = list(accumulate(cheapest_cut(costs.tokens, ends, num_passes), initial=0))
+            largest_row = math.ceil(costs.memory(rows, rows + 1).max())
+            limits = range(max(largest_pass, largest_row), math.ceil(costs.memory(rows[:1], rows[-1:] + 1).item()))
+            largest_pass = smallest_limit(costs.ends_within, num_passes, limits)
+        sizes = cheapest_cut(costs.tokens, costs.ends_within(largest_pass), num_passes)
+        bounds = list(accumulate(sizes, initial=0))
         self.passes = [order[start:end] for start, end in pairwise(bounds)]
         self.num_tokens = int(costs.tokens(np.array(bounds[:-1]), np.array(bounds[1:])).sum())
 
