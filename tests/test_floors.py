@@ -5,7 +5,14 @@ import math
 import pytest
 import torch
 from helpers import LENGTHS, assert_same_gradients, gradients, reward
-from peft import LoraConfig
+from peft import (
+    CartridgeConfig,
+    CPTConfig,
+    LoraConfig,
+    MultitaskPromptTuningConfig,
+    PrefixTuningConfig,
+    get_peft_model,
+)
 from transformers import Qwen3ForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import _ChunkedLogProbFunction
@@ -116,6 +123,29 @@ def test_scoring_drops_nothing_out_and_the_loss_does(make, trainer_class):
     assert trainer._metrics["train"]["clip_ratio/region_mean"] == [0.0] * 3, "the ratio is 1"
     entropies = trainer._metrics["train"]["entropy"]
     assert len(losses) == 1 and len(set(entropies)) == 3, "dropout as usual, and an unchanged ratio"
+
+
+@pytest.mark.parametrize("config_class", [PrefixTuningConfig, CartridgeConfig])
+def test_prompts_learned_as_a_cache_train_where_layers_keep_it(make, config_class):
+    learned = config_class(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    found = gradients(make(GSPOTrainer, GSPOConfig, trainer_options={"peft_config": learned}))
+    assert found and all("prompt_encoder" in name and gradient.abs().max() > 0 for name, gradient in found.items())
+    with pytest.raises(
+        ValueError, match=f"`peft_config` has a {config_class.__name__}, .*`gradient_checkpointing: false`"
+    ):
+        make(GSPOTrainer, GSPOConfig, trainer_options={"peft_config": learned}, gradient_checkpointing=True)
+
+
+def test_learned_prompts_that_no_pass_can_train_are_refused(make, checkpoints):
+    tasks = MultitaskPromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_tasks=2)
+    context = CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[3, 4], cpt_mask=[1, 1], cpt_tokens_type_mask=[1, 2])
+    with pytest.raises(ValueError, match="`peft_config` has a MultitaskPromptTuningConfig, .* `task_ids`"):
+        make(GSPOTrainer, GSPOConfig, trainer_options={"peft_config": tasks})
+    model = get_peft_model(Qwen3ForCausalLM.from_pretrained(checkpoints["qwen3-student"]), context)
+    with pytest.raises(
+        ValueError, match="`model` has a CPTConfig, which cannot be trained: it makes a loss of its own"
+    ):
+        make(GSPOTrainer, GSPOConfig, model=model)
 
 
 @pytest.mark.parametrize(

@@ -75,9 +75,9 @@ def test_log_probs_do_not_depend_on_how_rows_are_grouped(make_trainer, family):
     rollout = make_rollout(trainer)
     mask = valid_tokens(rollout)
     for model in (trainer.model, trainer.teacher.model):
-        trainer.pad_to_multiple_of = 1
+        trainer._passes.keeps_padding = True
         padded = trainer._per_token_logps(model, rollout)
-        trainer.pad_to_multiple_of = None
+        trainer._passes.keeps_padding = False
         for budget in (None, 1, 60, 10_000):
             trainer.args.scoring_token_budget = budget
             found = trainer._per_token_logps(model, rollout)

@@ -15,6 +15,7 @@ from transformers import (
 from trl.trainer.utils import add_fused_lm_head
 
 from gndpo_trl.grpo.branch_attention import IMPLEMENTATION, Branches, reason_against, shared_prompts_attention
+from gndpo_trl.grpo.planning import PassPlanner, batch_of_forward
 from gndpo_trl.grpo.shared_prompts import SharedPrompts, same_prompts
 
 
@@ -170,13 +171,9 @@ def trainer(tmp_path_factory):
 
 def forward(trainer, model, batch: dict, shared: bool):
     """Log-probs and entropies `(B, T)` of one pass."""
-    from gndpo_trl.grpo.sharing import batch_of_forward
-
     num_columns, batch_of_pass = batch["completion_ids"].size(1), batch_of_forward(batch)
-    if not shared:
-        return trainer._forward(model, batch_of_pass, num_columns, compute_entropy=True)[:2]
-    prompts = same_prompts([batch])
-    return trainer._forward_shared(model, batch_of_pass, num_columns, prompts, compute_entropy=True)[:2]
+    prompts = same_prompts([batch]) if shared else None
+    return trainer._passes.run(model, batch_of_pass, num_columns, prompts, compute_entropy=True)[:2]
 
 
 def gradients_of(model, *losses) -> dict[str, torch.Tensor]:
@@ -203,7 +200,7 @@ def assert_same(found: dict, expected: dict) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_log_probs_entropies_and_gradients_are_those_of_separate_rows(trainer, family):
     model, batch = build(family), make_batch(family)
-    assert trainer._can_share(model, batch, in_loss=True), trainer._reasons
+    assert trainer._planner.can_share(model, batch, in_loss=True), trainer._planner.reasons
     expected, found = forward(trainer, model, batch, shared=False), forward(trainer, model, batch, shared=True)
     assert expected[0].std() > 0.5, "log-probs that say something"
     for separate, shared in zip(expected, found, strict=True):
@@ -220,7 +217,7 @@ EQUAL_LENGTHS = [(prompt, 4) for prompt in (0, 1) for _ in range(4)]
 @pytest.mark.parametrize("family", ["qwen3", "internvl", "qwen2_5_vl"])
 def test_however_many_completions_a_prompt_has(trainer, family, rows):
     model, batch = build(family), make_batch(family, rows)
-    assert trainer._can_share(model, make_batch(family), in_loss=True)
+    assert trainer._planner.can_share(model, make_batch(family), in_loss=True)
     expected, found = forward(trainer, model, batch, shared=False), forward(trainer, model, batch, shared=True)
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-5)
     assert_same(gradients_of(model, some_loss(found[0])), gradients_of(model, some_loss(expected[0])))
@@ -232,7 +229,7 @@ def test_two_passes_before_one_backward_with_gradient_checkpointing(trainer, fam
     """Layers run again in the backward pass, when another pass has been planned in between."""
     model = build(family)
     first, second = make_batch(family), make_batch(family, [(3, 5), (3, 2), (1, 9)], seed=1)
-    assert trainer._can_share(model, first, in_loss=True)
+    assert trainer._planner.can_share(model, first, in_loss=True)
     separate = [forward(trainer, model, batch, shared=False)[0] for batch in (first, second)]
     expected = gradients_of(model, *map(some_loss, separate))
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -249,7 +246,7 @@ def test_adapters(trainer, family):
     )
     model.eval()
     batch = make_batch(family)
-    assert trainer._can_share(model, batch, in_loss=True)
+    assert trainer._planner.can_share(model, batch, in_loss=True)
     expected, found = forward(trainer, model, batch, shared=False), forward(trainer, model, batch, shared=True)
     torch.testing.assert_close(found[0], expected[0], rtol=0, atol=1e-5)
     gradients = gradients_of(model, some_loss(found[0]))
@@ -260,7 +257,7 @@ def test_adapters(trainer, family):
 @pytest.mark.parametrize("family", ["qwen3", "internvl", "llava", "qwen3_vl"])
 def test_every_token_and_every_image_is_computed_once(trainer, family):
     model, batch = build(family), make_batch(family)
-    assert trainer._can_share(model, batch, in_loss=False)
+    assert trainer._planner.can_share(model, batch, in_loss=False)
     tokens, images = [], []
     model.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
@@ -395,18 +392,14 @@ def test_models_that_would_compute_something_else_keep_separate_rows(trainer, ca
     add_fused_lm_head(model, outputs=("log_probs", "entropy"))
     with caplog.at_level(logging.WARNING, logger="gndpo_trl"):
         batch = make_batch()
-        assert not trainer._can_share(model, batch, in_loss=False)
-        assert not trainer._can_share(model, batch, in_loss=False)
+        assert not trainer._planner.can_share(model, batch, in_loss=False)
+        assert not trainer._planner.can_share(model, batch, in_loss=False)
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("gndpo_trl")]
     assert len(messages) == 1 and type(model).__name__ in messages[0] and reason in messages[0], messages
     assert model.get_decoder().config._attn_implementation != IMPLEMENTATION
     forward(trainer, model, batch, shared=False)
     with pytest.raises(ValueError, match="`share_prompts` is True, but"):
-        trainer._share_prompts = True
-        try:
-            trainer._check_share_prompts(model, trainer._reasons[model, False])
-        finally:
-            trainer._share_prompts = None
+        PassPlanner(trainer._passes, share_prompts=True, has_aux_loss=False).can_share(model, batch, in_loss=False)
 
 
 class LooksBack(torch.nn.Module):
@@ -424,13 +417,13 @@ def test_what_structure_does_not_tell_a_few_tokens_do(trainer, caplog):
     model = build("qwen3")
     model.model.layers[0].mlp = LooksBack(model.model.layers[0].mlp)
     assert reason_against(model) is None
-    assert not trainer._can_share(model, make_batch(), in_loss=False)
+    assert not trainer._planner.can_share(model, make_batch(), in_loss=False)
     assert "nats from those of separate rows" in caplog.text
     assert model.config._attn_implementation == "sdpa"
 
     model = build("qwen3")
     model.model.layers[1].self_attn.config = AutoConfig.for_model("qwen3", **TEXT, attn_implementation="sdpa")
-    assert not trainer._can_share(model, make_batch(), in_loss=False)
+    assert not trainer._planner.can_share(model, make_batch(), in_loss=False)
     assert "1 of its layers attended as they were told" in caplog.text
 
 
@@ -442,11 +435,12 @@ def test_adapters_that_learn_prompts_and_compiled_models_keep_separate_rows():
     assert reason_against(torch.nn.Linear(2, 2)) == "it is not a model of transformers"
 
 
-def test_dropout_keeps_separate_rows_in_the_loss_alone(trainer):
+def test_dropout_keeps_separate_rows_in_the_loss_alone(trainer, caplog):
     model, batch = build("qwen3", attention_dropout=0.1), make_batch()
-    assert trainer._can_share(model, batch, in_loss=False)
-    assert not trainer._can_share(model, batch, in_loss=True)
-    assert trainer._reasons[model, True] == "it drops out"
+    assert trainer._planner.can_share(model, batch, in_loss=False)
+    assert not trainer._planner.can_share(model, batch, in_loss=True)
+    line = "In the loss, Qwen3ForCausalLM computes each prompt again for every completion, because it drops out."
+    assert line in caplog.text
 
 
 def test_outside_the_comparison_a_layer_that_asks_for_more_raises():

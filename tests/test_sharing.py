@@ -1,7 +1,6 @@
 """Trainers whose rows share their prompts: plans of passes, gradients, metrics, log lines."""
 
 import logging
-from itertools import combinations
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from gndpo_trl.grpo.branch_attention import IMPLEMENTATION
-from gndpo_trl.grpo.shared_prompts import Plan, cut_within, pass_costs
+from gndpo_trl.grpo.shared_prompts import Plan
 from gndpo_trl.grpo.trl_hooks import ROW_MEAN_LOSSES, TOKEN_SUM_LOSSES
 
 
@@ -55,33 +54,6 @@ def test_plans_hold_every_row_once_and_cost_what_they_say(prompts, lengths, comp
             assert len(plan.passes) == num_passes
 
 
-@settings(max_examples=100, deadline=None)
-@given(
-    ranks=st.lists(
-        st.lists(st.tuples(st.integers(1, 20), st.integers(0, 20)), min_size=6, max_size=6), min_size=1, max_size=2
-    ),
-    largest=st.integers(1, 80),
-)
-def test_no_other_cut_is_cheaper(ranks, largest):
-    costs = pass_costs(torch.tensor(ranks).transpose(1, 2).double())
-    found = cut_within(costs, costs, largest)
-
-    def total(sizes):
-        bounds = [sum(sizes[:number]) for number in range(len(sizes) + 1)]
-        parts = [costs[start, end].item() for start, end in zip(bounds, bounds[1:], strict=False)]
-        is_allowed = all(part <= largest or size == 1 for part, size in zip(parts, sizes, strict=True))
-        return sum(parts) if is_allowed else float("inf")
-
-    ways = []
-    for count in range(6):
-        for cuts in combinations(range(1, 6), count):
-            bounds = [0, *cuts, 6]
-            ways.append(tuple(end - start for start, end in zip(bounds, bounds[1:], strict=False)))
-    best = min(total(way) for way in ways)
-    assert total(found) == best
-    assert len(found) == min(len(way) for way in ways if total(way) == best)
-
-
 def test_completions_of_a_prompt_stay_together_where_they_fit():
     rows = [(50, 10)] * 4 + [(30, 5)] * 4
     prompts = [0] * 4 + [1] * 4
@@ -89,6 +61,8 @@ def test_completions_of_a_prompt_stay_together_where_they_fit():
     assert Plan(*masks(rows), prompts, largest_pass=119).passes == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert Plan(*masks(rows), prompts, largest_pass=1000).passes == [[0, 1, 2, 3, 4, 5, 6, 7]]
     assert [len(rows) for rows in Plan(*masks(rows), prompts, largest_pass=90).passes] == [2, 2, 4]
+    # A number of passes has its way: they are as small as they can be then.
+    assert Plan(*masks(rows), prompts, largest_pass=1, num_passes=2).passes == [[0, 1, 2, 3], [4, 5, 6, 7]]
 
 
 def test_all_ranks_plan_alike():
@@ -208,10 +182,10 @@ def test_scores_are_those_of_separate_rows(make_sharing, family):
     rollout = make_rollout(trainer)
     for model in (trainer.model, trainer.teacher.model):
         shared = trainer._per_token_logps(model, rollout)
-        assert trainer._reasons[model, False] is None
-        trainer._share_prompts = False
+        assert trainer._planner.reasons[model] is None
+        trainer._planner.share_prompts = False
         torch.testing.assert_close(trainer._per_token_logps(model, rollout), shared, rtol=0, atol=1e-5)
-        trainer._share_prompts = None
+        trainer._planner.share_prompts = None
 
 
 def test_prompts_are_shared_where_enough_tokens_are_saved(make_sharing, caplog):
@@ -231,7 +205,7 @@ def test_prompts_are_shared_where_enough_tokens_are_saved(make_sharing, caplog):
     trainer = make_sharing(share_prompts=None, num_generations=1)
     tokens = count_tokens(trainer)
     trainer.train()
-    assert not trainer._reasons and len(tokens["teacher"]) == 4
+    assert not trainer._planner.reasons and len(tokens["teacher"]) == 4
 
 
 def test_share_prompts_is_an_error_where_it_cannot_be_done(make_sharing):
@@ -245,14 +219,34 @@ def test_share_prompts_is_an_error_where_it_cannot_be_done(make_sharing):
 def test_a_model_that_cannot_share_trains_on_separate_rows(make_sharing, caplog):
     trainer = make_sharing(share_prompts=None, model_init_kwargs={"attn_implementation": "eager"})
     trainer.train()
-    lines = [message for message in caplog.messages if "computes a prompt once for each" in message]
+    lines = [message for message in caplog.messages if "computes each prompt again for every completion" in message]
     assert len(lines) == 2 and all("'eager'" in line for line in lines), "the teacher has the student's attention"
+    assert "Qwen3ForCausalLM computes each prompt again for every completion, because its `attn_" in lines[0]
+
+
+OBSTACLES = {
+    "`pad_to_multiple_of` asks for padding": {"pad_to_multiple_of": 8},
+    "`torch_compile` compiles for rows of one shape": {"torch_compile": True},
+    "`use_transformers_continuous_batching` exchanges the attention": {"use_transformers_continuous_batching": True},
+}
+
+
+@pytest.mark.parametrize("reason", OBSTACLES)
+def test_the_log_names_what_in_the_run_keeps_prompts_from_being_shared(make_sharing, caplog, reason):
+    make_sharing(share_prompts=None, **OBSTACLES[reason])
+    lines = [message for message in caplog.messages if "again for every completion" in message]
+    assert len(lines) == 1 and f"Each prompt is computed again for every completion, because {reason}." in lines[0]
+    caplog.clear()
+    make_sharing(share_prompts=False, **OBSTACLES[reason])
+    make_sharing(share_prompts=None, num_generations=1, **OBSTACLES[reason])
+    assert "again for every completion" not in caplog.text, "nothing is lost, or it was asked for"
 
 
 def test_half_precision_is_no_reason_against_it(make_sharing):
     trainer = make_sharing(bf16=True)
     trainer.train()
-    assert set(trainer._reasons.values()) == {None}
+    reasons = {**trainer._planner.reasons, **trainer._planner.reasons_in_loss}
+    assert set(reasons.values()) == {None}
 
 
 def test_losses_whose_rows_are_not_regrouped_share_prompts_too(make_sharing):

@@ -104,5 +104,4 @@ def time_trainers() -> None:
         for name in ("_prepare_inputs", "_generate_and_score_completions", "_compute_loss"):
             time_method(trainer, name, lambda *_: "GNDPO's own")
         time_method(trainer, "_get_per_token_logps_and_entropies", lambda *_: "GNDPO's own")
-        for name in ("_forward", "_forward_shared"):
-            time_method(trainer, name, forward_phase)
+        time_method(trainer, "_forward", forward_phase)

@@ -9,10 +9,13 @@ its tokens under the attention mask.
 import math
 from collections.abc import Callable
 from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 
+from .cuts import cheapest_cut, fewest_groups, smallest_limit
 from .trl_hooks import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 
 
@@ -59,10 +62,10 @@ def plan_by_length(
     order = lengths.argsort(descending=True, stable=True)
     longest = tuple(gather(lengths[order].unsqueeze(0)).amax(0).tolist())
     if num_groups is None:
-        num_groups = fewest_groups(longest, token_budget)
+        num_groups = fewest_groups(padded_ends(np.array(longest), token_budget))
     sizes = group_sizes(longest, num_groups, token_budget)
-    starts = [sum(sizes[:number]) for number in range(len(sizes))]
-    costs = [size * longest[start] for size, start in zip(sizes, starts, strict=True)]
+    starts = accumulate(sizes, initial=0)
+    costs = [size * longest[start] for size, start in zip(sizes, starts, strict=False)]
     return [rows.tolist() for rows in order.split(sizes)], costs
 
 
@@ -83,58 +86,25 @@ def group_sizes(lengths: tuple[int, ...], num_groups: int, token_budget: int | N
     Returns:
         `tuple[int, ...]`: numbers of rows, which sum to `B`.
     """
-    num_rows = len(lengths)
-    # costs[i, j]: rows i to j - 1 as one group
-    num_in_group = torch.arange(num_rows + 1) - torch.arange(num_rows).unsqueeze(1)
-    costs = (num_in_group * torch.tensor(lengths).double().unsqueeze(1)).masked_fill(num_in_group <= 0, torch.inf)
-    if token_budget is not None:
-        costs = costs.masked_fill((num_in_group > 1) & (costs > token_budget), torch.inf)
-    limit = GROUP_SLACK * smallest_largest(costs, num_groups)
-    limit = min(limit, math.ceil(num_rows / num_groups) * lengths[0])
-    return cheapest_cut(costs.masked_fill(costs > limit, torch.inf), num_groups)
+    longest = np.array(lengths)
+
+    def ends_within(limit: int) -> np.ndarray:
+        return padded_ends(longest, limit if token_budget is None else min(limit, token_budget))
+
+    of_trl = math.ceil(len(lengths) / num_groups) * lengths[0]
+    smallest = smallest_limit(ends_within, num_groups, range(lengths[0], of_trl))
+    limit = min(int(GROUP_SLACK * smallest), of_trl)
+
+    def costs(starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        return (ends - starts) * longest[starts]
+
+    return tuple(cheapest_cut(costs, ends_within(limit), num_groups))
 
 
-def smallest_largest(costs: torch.Tensor, num_groups: int) -> float:
-    """Cost of the largest group, where rows are cut so that it is as small as it can be; `costs` as below."""
-    num_rows = len(costs)
-    largest = costs[0]  # of the first j rows: in one group, in two, ...
-    for _ in range(num_groups - 1):
-        largest = torch.maximum(largest[:num_rows].unsqueeze(1), costs).amin(0)
-    return largest[-1].item()
-
-
-def cheapest_cut(costs: torch.Tensor, num_groups: int) -> tuple[int, ...]:
-    """
-    Sizes of groups of the least total cost.
-
-    Args:
-        costs (`torch.Tensor` of shape `(B, B + 1)`): Cost of rows `i` to `j - 1` as one group; infinite where there shall
-            be none.
-        num_groups (`int`): Number of groups of at least one row.
-
-    Returns:
-        `tuple[int, ...]`: numbers of rows, which sum to `B`.
-    """
-    num_rows = len(costs)
-    total, starts = costs[0], []
-    for _ in range(num_groups - 1):
-        total, start = (total[:num_rows].unsqueeze(1) + costs).min(0)
-        starts.append(start)
-    bounds = [num_rows]
-    for start in reversed(starts):
-        bounds.append(start[bounds[-1]].item())
-    bounds.append(0)
-    return tuple(end - start for end, start in zip(bounds, bounds[1:], strict=False))[::-1]
-
-
-def fewest_groups(lengths: tuple[int, ...], token_budget: int) -> int:
-    """Smallest number of groups that rows of descending length can be cut into within the budget."""
-    num_groups, size, longest = 0, 0, 0
-    for length in lengths:
-        size += 1
-        if num_groups == 0 or size * longest > token_budget:
-            num_groups, size, longest = num_groups + 1, 1, length
-    return num_groups
+def padded_ends(lengths: np.ndarray, limit: int) -> np.ndarray:
+    """Where groups of rows of descending length may end, if those of more than one row hold `limit` padded tokens at most."""
+    starts = np.arange(len(lengths))
+    return np.minimum(starts + np.maximum(limit // lengths, 1), len(lengths))
 
 
 def merge_batches(batches: list[dict[str, Any]]) -> dict[str, Any]:
@@ -181,11 +151,10 @@ class Regrouping:
         to stay the same: `num_rows` of this rank, `num_tokens` of all ranks, and `row_share`, the rows relative to what
         they were.
         """
-        parts = []
-        for number, batch in enumerate(self.batches):
-            rows = [row % self.rows_before for row in self.groups[index] if row // self.rows_before == number]
-            if rows:
-                parts.append(select_rows(batch, rows))
+        of_batch = {}
+        for row in self.groups[index]:
+            of_batch.setdefault(row // self.rows_before, []).append(row % self.rows_before)
+        parts = [select_rows(self.batches[number], rows) for number, rows in sorted(of_batch.items())]
         num_rows = len(self.groups[index])
         weights = {"num_rows": num_rows, "num_tokens": self.num_tokens[index]}
         return {**merge_batches(parts), **weights, "row_share": num_rows / self.rows_before}

@@ -5,13 +5,16 @@ tokens, and after them one *branch* for each row: the last token of its prompt a
 which predicts nothing that is asked for. Next-token labels of a branch are its completion.
 """
 
+import math
 from collections.abc import Callable
+from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import torch
 
 from .branch_attention import Branches
-from .microbatches import cheapest_cut, smallest_largest
+from .cuts import cheapest_cut, smallest_limit
 from .trl_hooks import MULTIMODAL_KEYS, split_pixel_values_by_grid
 
 
@@ -39,10 +42,10 @@ def same_prompts(batches: list[dict[str, Any]]) -> list[int]:
         images = split_pixel_values_by_grid({key: batch[key] for key in MULTIMODAL_KEYS if batch.get(key) is not None})
         images.pop("mm_token_type_ids", None)  # follow from the prompt, and cover the completion
         images.pop("token_type_ids", None)
-        texts = batch["prompt_ids"].masked_fill(batch["prompt_mask"] == 0, -1).tolist()
+        texts = batch["prompt_ids"].masked_fill(batch["prompt_mask"] == 0, -1).cpu().numpy()
         for row, text in enumerate(texts):
             of_row = {key: values[row] for key, values in images.items()}
-            candidates = seen.setdefault(tuple(text), [])
+            candidates = seen.setdefault(text.tobytes(), [])
             number = next((number for number, other in candidates if equal(of_row, other)), None)
             if number is None:
                 number, count = count, count + 1
@@ -188,58 +191,49 @@ class Plan:
         total = [prompt_lengths[row] + of_prompt[prompt] for row, prompt in enumerate(prompts)]
         order = sorted(range(len(prompts)), key=lambda row: (-total[row], prompts[row], -branch_lengths[row]))
         begins = [k == 0 or prompts[order[k - 1]] != prompts[row] for k, row in enumerate(order)]
-        # What a row adds to the pass of the row before it, and what it costs more as the first one of a pass.
+        # What a row adds to the pass of the row before it, what it costs more as the first one of a pass, and alone.
         adds = [branch_lengths[row] + begin * prompt_lengths[row] for row, begin in zip(order, begins, strict=True)]
         again = [(not begin) * prompt_lengths[row] for row, begin in zip(order, begins, strict=True)]
         whole = [prompt_lengths[row] + branch_lengths[row] for row in order]
-        ranks = gather(torch.tensor([[adds, again, whole]], device=prompt_mask.device)).double().cpu()
-        costs = pass_costs(ranks[:, :2])
-        memory = costs + COPIES * pass_costs(torch.stack([ranks[:, 2], torch.zeros_like(ranks[:, 2])], 1))
-        if num_passes is None:
-            sizes = cut_within(costs, memory, largest_pass)
-        else:
-            limit = max(smallest_largest(memory, num_passes), largest_pass)
-            sizes = cheapest_cut(costs.masked_fill(memory > limit, torch.inf), num_passes)
-        bounds = [0]
-        for size in sizes:
-            bounds.append(bounds[-1] + size)
-        self.passes = [order[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
-        self.num_tokens = int(sum(costs[start, end].item() for start, end in zip(bounds, bounds[1:], strict=False)))
+        costs = PassCosts(gather(torch.tensor([[adds, again, whole]], device=prompt_mask.device)).cpu().numpy())
+        if num_passes is not None:
+            rows = np.arange(len(order))
+            largest_row = math.ceil(costs.memory(rows, rows + 1).max())
+            limits = range(max(largest_pass, largest_row), math.ceil(costs.memory(rows[:1], rows[-1:] + 1).item()))
+            largest_pass = smallest_limit(costs.ends_within, num_passes, limits)
+        sizes = cheapest_cut(costs.tokens, costs.ends_within(largest_pass), num_passes)
+        bounds = list(accumulate(sizes, initial=0))
+        self.passes = [order[start:end] for start, end in pairwise(bounds)]
+        self.num_tokens = int(costs.tokens(np.array(bounds[:-1]), np.array(bounds[1:])).sum())
 
 
-def pass_costs(ranks: torch.Tensor) -> torch.Tensor:
+class PassCosts:
     """
-    `(B, B + 1)` tokens of rows `i` to `j - 1` in one pass, on the rank where they are most; infinite where `j <= i`.
+    What rows cost that follow each other in one pass, on the rank where it is most.
 
     Args:
-        ranks (`torch.Tensor` of shape `(R, 2, B)`): For each rank, what each row adds to the pass of the row before it, and
-            what it costs beside that as the first one of a pass.
+        ranks (`np.ndarray` of shape `(R, 3, B)`): For each rank and row, what it adds to the pass of the row before it; what
+            it costs beside that as the first one of a pass; and what it costs alone.
     """
-    num_rows = ranks.size(-1)
-    costs = torch.full((num_rows, num_rows + 1), -torch.inf, dtype=torch.float64)
-    for adds, again in ranks:
-        until = torch.cat([adds.new_zeros(1), adds.cumsum(0)])
-        costs = torch.maximum(costs, until - until[:-1].unsqueeze(1) + again.unsqueeze(1))
-    is_empty = torch.arange(num_rows + 1) <= torch.arange(num_rows).unsqueeze(1)
-    return costs.masked_fill(is_empty, torch.inf)
 
+    def __init__(self, ranks: np.ndarray):
+        adds, self.again, alone = ranks.swapaxes(0, 1)
+        self.until, self.alone_until = (np.pad(values.cumsum(1), ((0, 0), (1, 0))) for values in (adds, alone))
 
-def cut_within(costs: torch.Tensor, memory: torch.Tensor, largest: int) -> tuple[int, ...]:
-    """
-    Sizes of the cheapest passes of at most `largest` memory or of one row; as few as are that cheap.
+    def tokens(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Tokens of passes, from their first rows and the rows behind their last ones."""
+        return (self.until[:, ends] - self.until[:, starts] + self.again[:, starts]).max(0)
 
-    `costs` and `memory` are of the shape of [`pass_costs`].
-    """
-    num_rows = len(costs)
-    one_row = torch.arange(num_rows + 1) == torch.arange(num_rows).unsqueeze(1) + 1
-    costs = costs.masked_fill((memory > largest) & ~one_row, torch.inf) + 1e-3  # among equals, fewer passes
-    total, starts = torch.zeros(num_rows + 1, dtype=torch.float64), [0]
-    for end in range(1, num_rows + 1):
-        best, start = (total[:end] + costs[:end, end]).min(0)
-        total[end] = best
-        starts.append(start.item())
-    sizes, end = [], num_rows
-    while end > 0:
-        sizes.append(end - starts[end])
-        end = starts[end]
-    return tuple(sizes[::-1])
+    def memory(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """Their tokens, and the copies of prompts in part."""
+        return self.tokens(starts, ends) + COPIES * (self.alone_until[:, ends] - self.alone_until[:, starts]).max(0)
+
+    def ends_within(self, limit: int) -> np.ndarray:
+        """Where passes may end, if those of more than one row shall need no more memory than that."""
+        num_rows = self.again.shape[1]
+        starts = np.arange(num_rows)
+        ends = starts + 1
+        for exponent in reversed(range(num_rows.bit_length())):
+            further = np.minimum(ends + 2**exponent, num_rows)
+            ends = np.where(self.memory(starts, further) <= limit, further, ends)
+        return ends

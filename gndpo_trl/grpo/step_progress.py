@@ -200,14 +200,8 @@ class StepProgressMixin:
         )
 
     def _forward(self, model, batch, *args, **kwargs):
-        return self._count(super()._forward, model, batch, *args, **kwargs)
-
-    def _forward_shared(self, model, batch, *args, **kwargs):
-        return self._count(super()._forward_shared, model, batch, *args, **kwargs)
-
-    def _count(self, forward, model, batch: dict[str, Any], *args, **kwargs):
         tokens = 0 if self._line is None or self._line.phase == LEARNING else batch["attention_mask"].sum().item()
-        results = forward(model, batch, *args, **kwargs)
+        results = super()._forward(model, batch, *args, **kwargs)
         if tokens:
             self._line.advance(tokens)
         return results

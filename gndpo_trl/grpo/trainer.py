@@ -8,6 +8,7 @@ from trl import GRPOTrainer
 from .checkpoints import CheckpointMixin
 from .completion_tables import CompletionTablesMixin
 from .data_checks import check_datasets, check_images_alike, check_images_are_read
+from .learned_prompts import check_learned_prompts
 from .real_tokens import RealTokensMixin
 from .sampling import SamplingMixin
 from .step_progress import StepProgressMixin
@@ -32,6 +33,7 @@ class ExtendedGRPOTrainer(
 
     def __init__(self, *args, **kwargs):
         named = inspect.signature(GRPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
+        check_learned_prompts(named.get("args"), named.get("model"), named.get("peft_config"))
         if named.get("args") is not None:
             check_datasets(
                 named["args"],

@@ -132,8 +132,8 @@ def train(spec: dict) -> dict:
         score = trainer.teacher.score
         trainer.teacher.score = lambda model, rollout: score(model, rollout) * float("nan")
     if fail == "sharing":
-        compare = trainer._compare
-        trainer._compare = lambda model, batch: compare(model, batch) or "it is told not to"
+        compare = trainer._planner._compare
+        trainer._planner._compare = lambda model, rows: compare(model, rows) or "it is told not to"
     if fail == "image":
         trainer.train_dataset.set_transform(open_broken_image)
 
@@ -172,7 +172,7 @@ def train(spec: dict) -> dict:
         "num_4bit_layers": sum(type(module).__name__ == "Linear4bit" for module in trainer.model.modules()),
         "teacher_forwards": len(teacher_forwards),
         "teacher_tokens": sum(teacher_forwards),
-        "reasons_against_sharing": list(trainer._reasons.values()),
+        "reasons_against_sharing": list(trainer._planner.reasons.values()),
         "teacher_parameters": {"held": held, "whole": whole},
         "log_history": trainer.state.log_history,
         "global_step": trainer.state.global_step,

@@ -60,7 +60,7 @@ def test_one_process_that_cannot_share_keeps_all_from_it(launch, accelerate_conf
     assert run.returncode == 0, run.output
     first, last = (set(report["reasons_against_sharing"]) for report in run.reports)
     assert first == {"another process found a reason"} and last == {"it is told not to"}
-    assert "Qwen3ForCausalLM computes a prompt once for each of its completions: another process" in run.output
+    assert "Qwen3ForCausalLM computes each prompt again for every completion, because another process" in run.output
 
 
 @pytest.mark.parametrize("accelerate_config", ["zero3"])
@@ -72,8 +72,7 @@ def test_a_model_that_is_found_out_in_its_forward_pass_trains_on_separate_rows(l
     config = {"num_generations": 4, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     run = launch(accelerate_config, "qwen3", config, completions=SPREAD_COMPLETIONS, model=student)
     assert run.returncode == 0, run.output
-    assert (
-        "MistralForCausalLM computes a prompt once for each of its completions: it uses `sliding_window`" in run.output
-    )
+    line = "MistralForCausalLM computes each prompt again for every completion, because it uses `sliding_window`"
+    assert line in run.output
     for report in run.reports:
         assert sorted(report["reasons_against_sharing"], key=str) == [None, "it uses `sliding_window`"]
