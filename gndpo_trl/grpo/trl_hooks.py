@@ -86,11 +86,14 @@ OVERRIDDEN_METHODS = {
 # Attributes of a constructed `GRPOTrainer` that are read or set.
 ATTRIBUTES = (
     "_buffered_inputs",
+    "_current_train_step_time",
     "_entropy_bonus_enabled",
     "_get_output_dir",
     "_is_vlm",
     "_logs",
     "_metrics",
+    "_pending_extra_logs",
+    "_pending_metrics",
     "_step",
     "_tokenizer",
     "aux_loss_enabled",
