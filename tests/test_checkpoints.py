@@ -105,6 +105,42 @@ def test_another_run_of_the_same_trainer_begins_with_a_batch_of_its_own(make_tra
     assert len(generated) == 2 and generated[0] == generated[1]
 
 
+def test_a_later_epoch_goes_on_with_its_own_prompts(make_trainer, tmp_path):
+    """Two epochs of three steps, with eight of their 24 prompts each."""
+    options = {"max_steps": 6, "per_device_train_batch_size": 16, "max_completion_length": 4}
+    options |= {"save_strategy": "steps", "save_steps": 1}
+
+    def run(folder, checkpoint=None):
+        trainer = make_trainer(output_dir=str(tmp_path / folder), **options)
+        read, generate = {}, trainer._generate
+
+        def note(prompts):
+            read[trainer.state.global_step] = [prompt[0]["content"] for prompt in prompts[::2]]
+            return generate(prompts)
+
+        trainer._generate = note
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return read, dict(trainer.model.named_parameters())
+
+    read, expected = run("whole")
+    assert all(len({*read[epoch], *read[epoch + 1], *read[epoch + 2]}) == 24 for epoch in (0, 3))
+    for step in (3, 5):
+        read_again, found = run(f"from {step}", str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert read_again == {number: prompts for number, prompts in read.items() if number >= step}
+        assert all(torch.equal(found[name], values) for name, values in expected.items())
+
+
+def test_a_run_that_is_over_makes_no_other_step(make_trainer, saved):
+    trainer = make_trainer(output_dir=saved, max_steps=2, **MIDDLE)
+    trainer._generate_and_score_completions = None
+    with pytest.warns(UserWarning, match="checkpoint-2' is of step 2, and the run is over after 2"):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
+    before = torch.load(f"{saved}/checkpoint-2/optimizer.pt")["state"][0]["step"]
+    assert trainer.optimizer.state_dict()["state"][0]["step"] == before
+    assert not Path(saved, "checkpoint-3").exists()
+
+
 def test_what_a_rollout_keeps_in_cpu_memory_stays_there():
     """The teacher's hidden states, in a run on an accelerator."""
     trainer = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("meta")))

@@ -36,6 +36,8 @@ class CheckpointMixin:
       `resume_from_checkpoint=True` takes the last one that is whole.
     - `enable_jit_checkpoint` saves on SIGTERM at the end of the same step on all ranks.
     - A run that ends by a [`RunCannotGoOn`] saves its last step first, whatever `save_strategy` says.
+    - A run that goes on in a later epoch reads the prompts of that epoch, each once; TRL's sampler would begin with those of
+      the first. One that is resumed after its last step makes no other.
     - Weights keep the names that they were loaded from.
     """
 
@@ -61,6 +63,8 @@ class CheckpointMixin:
         "vllm_importance_sampling_correction",
         "vllm_importance_sampling_mode",
     )
+
+    _train_sampler = None  # of the run in progress; streams have none
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -181,6 +185,28 @@ class CheckpointMixin:
         if checkpoint is not None:
             self._load_state(checkpoint)
             self._saved_step = self.state.global_step
+            if self._is_done() and self.accelerator.is_main_process:
+                warnings.warn(
+                    f"{checkpoint!r} is of step {self.state.global_step}, and the run is over after {self.state.max_steps}: "
+                    "there is nothing left to train. Raise `max_steps` or `num_train_epochs` to go on."
+                )
+
+    def _is_done(self) -> bool:
+        return self.state.global_step >= self.state.max_steps
+
+    def _get_train_sampler(self, dataset=None):
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
+
+    def _run_epoch(self, *, epoch, epochs_trained, **options):
+        if self._is_done():  # transformers looks only after a step
+            self.control.should_training_stop = True
+            return
+        sampler = self._train_sampler
+        if epoch == epochs_trained and sampler is not None and sampler.shuffle:
+            for _ in range(epochs_trained):  # a permutation for each epoch, from one stream
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+        super()._run_epoch(epoch=epoch, epochs_trained=epochs_trained, **options)
 
 
 def is_whole(checkpoint: str) -> bool:
