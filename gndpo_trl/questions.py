@@ -20,6 +20,10 @@ class QuestionsMixin:
     teacher_prompt_fn: TeacherPromptFn | None
     _completions: tuple[Completion, ...] = ()  # of the rollout in progress, where that function is to see them
 
+    def _begin_run(self):
+        super()._begin_run()
+        self._completions = ()
+
     def _question(self, mode: str, rollout: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
         """The rollout as the teacher reads it, which has begun to."""
         check_images_were_kept(rollout, self.max_completion_length)

@@ -1,7 +1,8 @@
 """
 Warnings about a run that goes on but is no longer learning from its teacher, each with what to do about it.
 
-They look at nothing but the logs. `docs/metrics.md` says what each metric means and what is healthy.
+They look at nothing but the logs, and at the beginning at the configuration, where that makes a metric something else than
+its name says. `docs/metrics.md` says what each metric means and what is healthy.
 """
 
 import warnings
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
 from .config import GNDPOConfig
+from .grpo.sampling import shaping_options
 
 
 # Optimizer steps that a mean is taken over, so that no odd batch gives a warning: the latest, or the first of the run.
@@ -52,13 +54,19 @@ History = list[dict[str, float | None]]
 
 
 class RunWarnings(TrainerCallback):
-    """Gives each warning of `CHECKS` once in a run, on the main process, from the tenth step on."""
+    """
+    Gives each warning of `CHECKS` once in a run, on the main process, from the tenth step on; what the configuration alone
+    tells, before the first.
+    """
 
     def __init__(self):
         self._given: set[Callable] = set()
 
     def on_train_begin(self, args: GNDPOConfig, state: TrainerState, control: TrainerControl, **kwargs):
         self._given.clear()
+        message = check_sampling(args)
+        if state.is_world_process_zero and message is not None:
+            warnings.warn(message, stacklevel=2)
 
     def on_log(self, args: GNDPOConfig, state: TrainerState, control: TrainerControl, **kwargs):
         # Evaluations and the summary at the end have no "loss".
@@ -69,6 +77,20 @@ class RunWarnings(TrainerCallback):
             if check not in self._given and (message := check(history, args)) is not None:
                 self._given.add(check)
                 warnings.warn(message, stacklevel=2)
+
+
+def check_sampling(args: GNDPOConfig) -> str | None:
+    """Completions come from another distribution than the one that is scored."""
+    options = shaping_options(args)
+    if not options:
+        return None
+    names = ", ".join(f"`{name}` ({value!r})" for name, value in options.items())
+    return (
+        f"{names} makes the student sample from another distribution than its own, while the tokens are scored under its own: "
+        "`reverse_kl` and `score/mean` are then means over what was sampled, no estimates of the divergence between student "
+        "and teacher (off by a factor of two is usual), and the gradient is that of these tokens. Compare them among runs "
+        "with the same options alone, or leave these at their defaults."
+    )
 
 
 def mean(entries: History, name: str) -> float | None:

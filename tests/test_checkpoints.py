@@ -3,11 +3,13 @@
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
-from gndpo_trl.grpo.checkpoints import last_whole_checkpoint
+from gndpo_trl.grpo.checkpoints import CheckpointMixin, last_whole_checkpoint
 
 
 # Four micro-batches for each generation, one for each step: a checkpoint after two steps is in the middle.
@@ -30,6 +32,8 @@ def saved(make_trainer, tmp_path):
         ({"num_generations": 4}, "`num_generations` was 2, is 4"),
         ({"num_iterations": 2}, "`num_iterations` was 1, is 2"),
         ({"beta": 0.1}, "`reference model` was False, is True"),
+        ({"max_completion_length": 6}, "`max_completion_length` was 8, is 6"),
+        ({"generation_kwargs": {"top_k": 3}}, "`generation_kwargs` was None, is {'top_k': 3}"),
         ({"score_clip": 1.0}, "`score_clip` was 5.0, is 1.0"),
         ({"advantage_normalization": "none"}, "`advantage_normalization` was global, is none"),
     ],
@@ -56,6 +60,92 @@ def test_the_same_layout_goes_on_without_a_word(make_trainer, saved, recwarn):
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 4
     assert not [warning for warning in recwarn if "completions" in str(warning.message)]
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C after the third step, once."""
+
+    is_over = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == 3 and not self.is_over:
+            self.is_over = True
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_trainer_goes_on_as_a_new_one_would(make_trainer, text_dataset, tmp_path):
+    options = {**MIDDLE, "max_steps": 6, "log_completions": True, "num_completions_to_print": 0}
+    options["trainer_options"] = {"callbacks": [Interrupt()], "eval_dataset": text_dataset.select(range(2))}
+    same = make_trainer(output_dir=str(tmp_path / "run"), per_device_eval_batch_size=4, **options)
+    with pytest.raises(KeyboardInterrupt):
+        same.train()
+    assert same._step == 3 and same._buffered_inputs is not None  # in the middle of a generation batch
+    same.evaluate()
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    new = make_trainer(output_dir=str(tmp_path / "copy"), per_device_eval_batch_size=4, **options)
+    for trainer in (same, new):
+        trainer.train(resume_from_checkpoint=True)
+    assert new.state.global_step == 6 and same._step == new._step
+    found, expected = ({name: p.clone() for name, p in t.model.named_parameters()} for t in (same, new))
+    assert all(torch.equal(found[name], values) for name, values in expected.items())
+    times = {"step_time", "time/generation", "time/teacher_scoring", "time/student_scoring"}
+    entries = [
+        [{k: v for k, v in entry.items() if k not in times} for entry in t.state.log_history if "loss" in entry]
+        for t in (same, new)
+    ]
+    assert entries[0] == entries[1]
+
+
+def test_another_run_of_the_same_trainer_begins_with_a_batch_of_its_own(make_trainer):
+    trainer = make_trainer(max_steps=3, **{**MIDDLE, "save_strategy": "no"})
+    generated, generate = [], trainer._generate
+    trainer._generate = lambda prompts: generated.append(prompts) or generate(prompts)
+    trainer.train()
+    trainer.train()
+    assert len(generated) == 2 and generated[0] == generated[1]
+
+
+def test_a_later_epoch_goes_on_with_its_own_prompts(make_trainer, tmp_path):
+    """Two epochs of three steps, with eight of their 24 prompts each."""
+    options = {"max_steps": 6, "per_device_train_batch_size": 16, "max_completion_length": 4}
+    options |= {"save_strategy": "steps", "save_steps": 1}
+
+    def run(folder, checkpoint=None):
+        trainer = make_trainer(output_dir=str(tmp_path / folder), **options)
+        read, generate = {}, trainer._generate
+
+        def note(prompts):
+            read[trainer.state.global_step] = [prompt[0]["content"] for prompt in prompts[::2]]
+            return generate(prompts)
+
+        trainer._generate = note
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return read, dict(trainer.model.named_parameters())
+
+    read, expected = run("whole")
+    assert all(len({*read[epoch], *read[epoch + 1], *read[epoch + 2]}) == 24 for epoch in (0, 3))
+    for step in (3, 5):
+        read_again, found = run(f"from {step}", str(tmp_path / "whole" / f"checkpoint-{step}"))
+        assert read_again == {number: prompts for number, prompts in read.items() if number >= step}
+        assert all(torch.equal(found[name], values) for name, values in expected.items())
+
+
+def test_a_run_that_is_over_makes_no_other_step(make_trainer, saved):
+    trainer = make_trainer(output_dir=saved, max_steps=2, **MIDDLE)
+    trainer._generate_and_score_completions = None
+    with pytest.warns(UserWarning, match="checkpoint-2' is of step 2, and the run is over after 2"):
+        trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == 2
+    before = torch.load(f"{saved}/checkpoint-2/optimizer.pt")["state"][0]["step"]
+    assert trainer.optimizer.state_dict()["state"][0]["step"] == before
+    assert not Path(saved, "checkpoint-3").exists()
+
+
+def test_what_a_rollout_keeps_in_cpu_memory_stays_there():
+    """The teacher's hidden states, in a run on an accelerator."""
+    trainer = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("meta")))
+    home = {place: CheckpointMixin._back_home(trainer, torch.UntypedStorage(8), place) for place in ("cpu", "cuda:3")}
+    assert {place: storage.device.type for place, storage in home.items()} == {"cpu": "cpu", "cuda:3": "meta"}
 
 
 def test_a_checkpoint_is_whole_or_absent(make_trainer, saved, monkeypatch):

@@ -12,6 +12,7 @@ from gndpo_trl.run_warnings import (
     check_drift,
     check_handful,
     check_noise,
+    check_sampling,
     check_teacher_time,
     first_and_latest,
     latest,
@@ -26,6 +27,7 @@ SIGNS = {
     "entropy": "entropy has fallen",
     "teacher time": "The teacher takes",
     "drift": "the two drift apart",
+    "sampling": "sample from another distribution than its own",
 }
 END = 2  # the tiny tokenizers' end token
 
@@ -116,7 +118,28 @@ def test_a_slow_teacher(make_trainer):
     assert given(make_trainer(teacher_model=Table(seconds=0.3), max_steps=11))["teacher time"] == 1
 
 
+def test_a_truncated_sampler_is_named_before_the_first_step(make_trainer):
+    assert given(make_trainer(max_steps=1, top_p=0.5))["sampling"] == 1
+
+
 # What runs cannot show as well
+
+
+@pytest.mark.parametrize(
+    "options, names",
+    [
+        ({}, []),
+        ({"top_k": -1, "min_p": 0.0, "generation_kwargs": {"top_p": 1.0, "suppress_tokens": [3]}}, []),
+        ({"top_k": 3, "min_p": 0.3, "repetition_penalty": 1.1}, ["`top_k` (3)", "`min_p`", "`repetition_penalty`"]),
+        ({"top_p": 0.5, "generation_kwargs": {"top_p": 1.0, "typical_p": 0.9}}, ["`typical_p` (0.9)"]),
+        ({"temperature": 0.7, "generation_kwargs": {"temperature": 1.0}}, ["`temperature` (1.0)"]),
+        ({"temperature": 0.7, "generation_kwargs": {"temperature": 0.7, "num_beams": 2}}, ["`num_beams`"]),
+    ],
+)
+def test_what_truncates_the_sampler(make_config, options, names):
+    message = check_sampling(make_config(**options))
+    assert (message or "").split(" makes")[0].count("`") == 2 * len(names)
+    assert all(name in message for name in names)
 
 
 def entries(steps, **metrics) -> list[dict]:

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and that hold what a `GRPOTrainer` needs to go on exactly."""
+"""Runs that begin clean, and checkpoints that are whole or absent and hold what a `GRPOTrainer` needs to go on exactly."""
 
 import json
 import os
@@ -8,7 +8,8 @@ from glob import glob
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object, is_peft_model, send_to_device
+from accelerate.utils import gather_object, is_peft_model
+from torch.serialization import default_restore_location
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .sigterm import AgreedJITCheckpointCallback, JITCheckpointCallback
@@ -24,8 +25,10 @@ class RunCannotGoOn(RuntimeError):
 
 class CheckpointMixin:
     """
-    Makes the checkpoints of a [`~trl.GRPOTrainer`] ones that a run can go on from.
+    Makes the checkpoints of a [`~trl.GRPOTrainer`] ones that a run can go on from, and each call of `train` a run of its own.
 
+    - Whatever an earlier run of the same trainer left, however it ended, is gone when `train` begins; weights and optimizer
+      stay.
     - TRL generates once for `steps_per_generation * num_iterations` micro-batches. A checkpoint in between would resume
       with other completions and out of step with the sampler, so the rest of the generation batch goes with it. It is
       used again if everything that it depends on is the same; else all ranks leave it, with a warning that says why.
@@ -33,6 +36,8 @@ class CheckpointMixin:
       `resume_from_checkpoint=True` takes the last one that is whole.
     - `enable_jit_checkpoint` saves on SIGTERM at the end of the same step on all ranks.
     - A run that ends by a [`RunCannotGoOn`] saves its last step first, whatever `save_strategy` says.
+    - A run that goes on in a later epoch reads the prompts of that epoch, each once; TRL's sampler would begin with those of
+      the first. One that is resumed after its last step makes no other.
     - Weights keep the names that they were loaded from.
     """
 
@@ -43,11 +48,23 @@ class CheckpointMixin:
         "steps_per_generation",
         "num_iterations",
         "num_generations",
+        "max_completion_length",
         "mask_truncated_completions",
         "temperature",
+        "top_p",
+        "top_k",
+        "min_p",
+        "repetition_penalty",
+        "generation_kwargs",
+        "chat_template_kwargs",
+        "scale_rewards",
+        "reward_weights",
         "use_vllm",
         "vllm_importance_sampling_correction",
+        "vllm_importance_sampling_mode",
     )
+
+    _train_sampler = None  # of the run in progress; streams have none
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -66,7 +83,7 @@ class CheckpointMixin:
                 f"readable `{TRAINER_STATE_NAME}`, so the run that wrote it ended before it was done. Name an earlier "
                 "one, or say `True` for the last one that is whole."
             )
-        self._saved_step = 0  # the last one of this run of which there is a checkpoint
+        self._begin_run()
         try:
             return super().train(resume_from_checkpoint, *args, **kwargs)
         except RunCannotGoOn as reason:
@@ -78,6 +95,16 @@ class CheckpointMixin:
                 f"{reason} The run ended after step {self.state.global_step}, which is saved in {self.args.output_dir!r}: "
                 "go on with `resume_from_checkpoint=True`."
             ) from reason
+
+    def _begin_run(self) -> None:
+        """
+        Forget what an earlier run of this trainer left; called on all ranks, before anything of a checkpoint is read. Whoever
+        keeps something from one step to the next has it reset here.
+        """
+        self._saved_step = 0  # the last one of this run of which there is a checkpoint
+        self._step, self._buffered_inputs, self._current_train_step_time = 0, None, 0.0
+        for logged in (*self._metrics.values(), *self._logs.values(), self._pending_metrics, self._pending_extra_logs):
+            logged.clear()
 
     def _save_state(self, folder: str) -> None:
         """Write what else a run needs to go on into a checkpoint that is being saved; called on all ranks."""
@@ -93,7 +120,7 @@ class CheckpointMixin:
         """Read it back; called on all ranks."""
         reason = None
         if os.path.exists(self._buffer_file(folder)):
-            buffer = torch.load(self._buffer_file(folder), map_location="cpu", weights_only=True)
+            buffer = torch.load(self._buffer_file(folder), map_location=self._back_home, weights_only=True)
             now, then = self._generation_depends_on(), buffer.get("depends_on", {})
             # Of what an earlier version did not compare, nothing is known; one that compared nothing is left.
             changes = [
@@ -116,11 +143,23 @@ class CheckpointMixin:
             self._step = self.state.global_step * self.args.gradient_accumulation_steps
         elif buffer is not None:
             self._step = buffer["step"]
-            self._buffered_inputs = send_to_device(buffer["inputs"], self.accelerator.device)
+            self._buffered_inputs = buffer["inputs"]
+
+    def _back_home(self, storage: torch.UntypedStorage, location: str) -> torch.UntypedStorage:
+        """Tensors on this process's device, but those that a rollout keeps in CPU memory, as `torch.load` asks for them."""
+        return default_restore_location(storage, "cpu" if location == "cpu" else str(self.accelerator.device))
 
     def _generation_depends_on(self) -> dict[str, Any]:
-        values = {name: getattr(self.args, name) for name in self._generation_arguments}
-        return {"number of processes": self.accelerator.num_processes, "reference model": self.beta != 0.0, **values}
+        """
+        What the rest of a generation batch depends on, by the names that a warning calls it by; called on all ranks. Plain
+        types alone: it is saved with the batch, and compared.
+        """
+        return {
+            "number of processes": self.accelerator.num_processes,
+            "kind of device": self.accelerator.device.type,
+            "reference model": self.beta != 0.0,
+            **{name: getattr(self.args, name) for name in self._generation_arguments},
+        }
 
     def _buffer_file(self, folder: str) -> str:
         return os.path.join(folder, BUFFER.format(self.accelerator.process_index))
@@ -147,6 +186,28 @@ class CheckpointMixin:
         if checkpoint is not None:
             self._load_state(checkpoint)
             self._saved_step = self.state.global_step
+            if self._is_done() and self.accelerator.is_main_process:
+                warnings.warn(
+                    f"{checkpoint!r} is of step {self.state.global_step}, and the run is over after {self.state.max_steps}: "
+                    "there is nothing left to train. Raise `max_steps` or `num_train_epochs` to go on."
+                )
+
+    def _is_done(self) -> bool:
+        return self.state.global_step >= self.state.max_steps
+
+    def _get_train_sampler(self, dataset=None):
+        self._train_sampler = super()._get_train_sampler(dataset)
+        return self._train_sampler
+
+    def _run_epoch(self, *, epoch, epochs_trained, **options):
+        if self._is_done():  # transformers looks only after a step
+            self.control.should_training_stop = True
+            return
+        sampler = self._train_sampler
+        if epoch == epochs_trained and sampler is not None and sampler.shuffle:
+            for _ in range(epochs_trained):  # a permutation for each epoch, from one stream
+                torch.randperm(sampler.num_samples, generator=sampler.generator)
+        super()._run_epoch(epoch=epoch, epochs_trained=epochs_trained, **options)
 
 
 def is_whole(checkpoint: str) -> bool:

@@ -50,6 +50,11 @@ class RealTokensMixin:
         self._planner = PassPlanner(self._passes, sharing_in_run(self), self.aux_loss_enabled)
         self._window_metrics = {}  # of the micro-batches since the last optimizer step: name -> [(value, weight)]
 
+    def _begin_run(self):
+        super()._begin_run()
+        self._regrouping = None
+        self._window_metrics.clear()
+
     def _per_token_logps(self, model: torch.nn.Module, rollout: dict[str, Any]) -> torch.Tensor:
         """Log-probs `(B, T)`, without gradient, of a rollout's completion tokens under a model with a fused head."""
         args = self.args

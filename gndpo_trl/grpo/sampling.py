@@ -1,20 +1,60 @@
-"""How the student samples: without dropout, and in evaluation at a temperature of its own."""
+"""How the student samples: from the distribution that is scored, and in evaluation at a temperature of its own."""
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
-from trl import GRPOTrainer
+from accelerate.logging import get_logger
+from accelerate.utils import is_peft_model
+from transformers import GenerationConfig, ProcessorMixin
+from trl import GRPOConfig, GRPOTrainer
 
 from .modes import evaluating
 
 
+logger = get_logger(__name__)
+
+# What a checkpoint's `generation_config.json` may say while rollouts are sampled: how it is computed, and which tokens are
+# special. Everything else in there shapes the samples.
+HARMLESS = {
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+    *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "prefill_chunk_size", "low_memory"),
+    *("compile_config", "disable_compile", "continuous_batching_config", "max_length"),
+    *("_from_model_config", "transformers_version"),
+}
+
+# Options of transformers and of vLLM that sample from another distribution than the student's, and the values at which they
+# do not.
+PLAIN = {
+    "do_sample": (True,),
+    "num_beams": (1,),
+    "top_p": (1.0,),
+    "top_k": (0, -1),
+    "min_p": (0.0,),
+    "top_h": (1.0,),
+    "typical_p": (1.0,),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "repetition_penalty": (1.0,),
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "no_repeat_ngram_size": (0,),
+    "guidance_scale": (1.0,),
+}
+
+
 class SamplingMixin:
     """
-    Makes a [`~trl.GRPOTrainer`] sample without dropout, and at `args.eval_temperature` while it evaluates, with
-    transformers and with vLLM.
+    Makes a [`~trl.GRPOTrainer`] sample from the distribution that it scores, and at `args.eval_temperature` while it
+    evaluates, with transformers and with vLLM.
 
-    TRL samples in training mode, from another distribution at every forward pass where there is dropout, and its
-    continuous batching leaves the model in training mode whatever mode it was in. Here the mode is restored.
+    - TRL samples in training mode, from another distribution at every forward pass where there is dropout, and its
+      continuous batching leaves the model in training mode whatever mode it was in. Here the mode is restored.
+    - What the checkpoint's own generation config says beside TRL's options (`no_repeat_ngram_size`, `bad_words_ids`,
+      `min_p`, …) would stay on in transformers' generation. It is left out while completions are sampled, and named in the
+      log; whoever wants it sets `generation_kwargs`. What is saved with the model keeps it.
+    - `suppress_tokens` in `generation_kwargs` adds to the image placeholder that TRL suppresses, instead of replacing it.
 
     Raises:
         `ValueError`: at construction, if `eval_temperature` is set and a `rollout_func` samples in the trainer's place.
@@ -28,11 +68,22 @@ class SamplingMixin:
                 f"`eval_temperature` is {temperature}, but `rollout_func` does the sampling, so it would have no "
                 "effect. Unset it, and let `rollout_func` choose its temperature by `trainer.model.training`."
             )
+        if self.use_vllm:
+            return
+        if isinstance(self.processing_class, ProcessorMixin):
+            suppress_tokens(self, [self.model.config.image_token_id])
+        left_out = leftovers(generation_owner(self.model).generation_config, self.generation_config)
+        if left_out and self.rollout_func is None:
+            options = ", ".join(f"{name}={value!r}" for name, value in left_out.items())
+            logger.warning(
+                f"The student's generation config has {options}, which is left out: completions are sampled from the "
+                "distribution that is scored. Set `generation_kwargs` to have it all the same."
+            )
 
     def _generate_single_turn(self, *args, **kwargs):
         temperature = getattr(self.args, "eval_temperature", None)
         training = self.model.training
-        with evaluating(self.model):
+        with evaluating(self.model), self._without_leftovers():
             if temperature is None or training:
                 return super()._generate_single_turn(*args, **kwargs)
             owner, name = (self.vllm_generation, "generation_kwargs") if self.use_vllm else (self, "generation_config")
@@ -51,6 +102,57 @@ class SamplingMixin:
                 return super()._generate_single_turn(*args, **kwargs)
             finally:
                 setattr(owner, name, training_options)
+
+    @contextmanager
+    def _without_leftovers(self) -> Iterator[None]:
+        if self.use_vllm:  # every request says what it wants
+            yield
+            return
+        owner = generation_owner(self.accelerator.unwrap_model(self.model))
+        own = owner.generation_config
+        owner.generation_config = copy.deepcopy(own)
+        for name in leftovers(own, self.generation_config):
+            setattr(owner.generation_config, name, None)
+        try:
+            yield
+        finally:
+            owner.generation_config = own
+
+
+def generation_owner(model: Any) -> Any:
+    """The model whose generation config fills what a call of `generate` leaves open."""
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def leftovers(own: GenerationConfig, asked: GenerationConfig) -> dict[str, Any]:
+    """
+    Options of a model's generation config that would shape its samples though nobody asked for them.
+
+    Args:
+        own ([`~transformers.GenerationConfig`]): The model's.
+        asked ([`~transformers.GenerationConfig`]): The one that `generate` is called with, whose values win.
+    """
+    defaults = own._get_default_generation_params()
+    return {
+        name: value
+        for name, value in vars(own).items()
+        if name in vars(asked)
+        and name not in HARMLESS
+        and getattr(asked, name) is None
+        and value not in (None, False, defaults.get(name))
+    }
+
+
+def shaping_options(args: GRPOConfig) -> dict[str, Any]:
+    """What in a configuration makes the student sample from another distribution than the one that is scored."""
+    options = {name: getattr(args, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
+    options |= args.generation_kwargs or {}  # these win
+    plain = {**PLAIN, "temperature": (args.temperature,)}
+    return {
+        name: value
+        for name, value in options.items()
+        if name in plain and value is not None and value not in plain[name]
+    }
 
 
 def suppress_tokens(trainer: GRPOTrainer, ids: Iterable[int]) -> None:

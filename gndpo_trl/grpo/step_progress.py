@@ -169,6 +169,10 @@ class StepProgressMixin:
         finally:
             self._line = None
 
+    def _begin_run(self):
+        super()._begin_run()
+        self._num_tokens = 0
+
     def _begin_phase(self, name: str) -> None:
         if self._line is not None:
             self._line.begin(name)

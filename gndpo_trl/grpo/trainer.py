@@ -56,6 +56,10 @@ class ExtendedGRPOTrainer(
             )
         return output
 
+    def _begin_run(self):
+        super()._begin_run()
+        self._trains_on_images = None
+
     def _generate_and_score_completions(self, inputs):
         has_images = check_images_alike(inputs, self._trains_on_images if self.model.training else None)
         if self.model.training:

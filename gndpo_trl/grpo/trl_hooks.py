@@ -79,18 +79,26 @@ OVERRIDDEN_METHODS = {
     # Called on all ranks with what a step or an evaluation gives; on the main one it prints `num_completions_to_print`
     # of the completions in `_logs`, none for 0, and hands a table of them to wandb and trackio.
     "log": ("self", "logs", "start_time"),
-    # Called once when a run resumes, before the first micro-batch.
+    # Called once when a run resumes, before the first micro-batch; the trainer's state is there by then.
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
+    # Called for the data loader of a run, before that. Its `RepeatSampler` draws a permutation of `num_samples` from its
+    # `generator` whenever it is iterated over, which is once in an epoch.
+    "_get_train_sampler": ("self", "dataset"),
+    # Called with keywords for each epoch that is left, and ends after a step in which `control` says so.
+    "_run_epoch": None,
 }
 
 # Attributes of a constructed `GRPOTrainer` that are read or set.
 ATTRIBUTES = (
     "_buffered_inputs",
+    "_current_train_step_time",
     "_entropy_bonus_enabled",
     "_get_output_dir",
     "_is_vlm",
     "_logs",
     "_metrics",
+    "_pending_extra_logs",
+    "_pending_metrics",
     "_step",
     "_tokenizer",
     "aux_loss_enabled",

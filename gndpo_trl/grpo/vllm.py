@@ -161,6 +161,11 @@ class VLLMMixin:
             check_image_limit(dataset, settings["images_per_prompt"])
             self._check_prompt_lengths(dataset, settings["max_model_len"])
 
+    def _begin_run(self):
+        super()._begin_run()
+        self._sampler_is_known = False
+        self._last_loaded_step = -1  # vLLM may hold weights of another run's step of the same number
+
     def _check_prompt_lengths(self, dataset: Any, max_model_len: int) -> None:
         """Raise `ValueError` if a prompt of text is too long; those with images are looked at when they are sampled."""
         columns = set(dataset.column_names) if isinstance(dataset, Dataset) else set()

@@ -33,6 +33,11 @@ class TokenViewMixin:
         self._token_rows: dict[str, deque[TokenRow]] = {mode: deque(maxlen=size) for mode in ("train", "eval")}
         self._token_texts = TokenTexts(self._tokenizer) if self.log_completions else None
 
+    def _begin_run(self):
+        super()._begin_run()
+        for rows in self._token_rows.values():
+            rows.clear()
+
     def _keep_token_rows(
         self,
         mode: str,
