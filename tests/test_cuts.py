@@ -104,10 +104,10 @@ def test_large_batches_are_cut_within_a_moment(lengths):
     longest = np.sort(lengths)[::-1]
     prompts = [(500, longest[row : row + 8].tolist()) for row in range(0, num_rows, 8)]
     costs = PassCosts(np.stack([rows_of(prompts)] * 8))
-    begin = time.perf_counter()
+    begin = time.process_time()
     sizes = group_sizes(tuple(longest.tolist()), 512)
     largest = max(size * longest[end - size] for size, end in zip(sizes, np.cumsum(sizes), strict=True))
     passes = cheapest_cut(costs.tokens, costs.ends_within(largest), 512)
-    seconds = time.perf_counter() - begin
+    seconds = time.process_time() - begin
     assert len(sizes) == len(passes) == 512
-    assert seconds < 4, "a fraction of a second, where nothing else runs"
+    assert seconds < 2, "of the processor; it is a tenth of that"
