@@ -24,7 +24,7 @@ from transformers import (
 from .batch_logs import BatchLogsMixin, ScoredBatch
 from .clock import Clock
 from .config import GNDPOConfig
-from .estimators import Estimator, Passes
+from .estimators import Estimator, Models
 from .estimators.from_config import get_estimator
 from .estimators.reading import settle
 from .grpo.launch import check_final_save
@@ -194,8 +194,8 @@ class GNDPOTrainer(SequenceTokenMixin, QuestionsMixin, BatchLogsMixin, ExtendedG
             scorer.prepare(self.model, self.accelerator, self._per_token_logps)
             for callback in scorer.callbacks():
                 self.add_callback(callback)
-        self.passes = Passes(self)
-        self.estimator.prepare(self.passes)
+        self.models = Models(self)
+        self.estimator.prepare(self.models)
         self.add_callback(RunWarnings())
         suppress_padding_ids(self)
 
@@ -207,7 +207,7 @@ class GNDPOTrainer(SequenceTokenMixin, QuestionsMixin, BatchLogsMixin, ExtendedG
         question = self._question(mode, rollout, inputs)
         # log pi_T and log pi_old of every sampled token. What is unknown leaves the loss.
         reading = self.estimator.read(rollout, question)
-        reading.reference_logps = self.passes.reference_logps(rollout, inputs)
+        reading.reference_logps = self.models.reference_logps(rollout, inputs)
         mask = settle(rollout, reading, self.teacher.may_not_know(inputs), self._tokenizer)
         # Scores in nats, log pi_T - log pi_old, clamped.
         scores = self.score(reading.teacher_logps, reading.student_logps, mask, reading.reference_logps)

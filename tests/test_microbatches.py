@@ -14,8 +14,8 @@ from gndpo_trl.grpo.microbatches import (
     GROUP_SLACK,
     LeftAligned,
     Regrouping,
-    group_by_length,
     merge_batches,
+    plan_by_length,
     select_rows,
 )
 
@@ -39,7 +39,7 @@ def costs(lengths: list[int], groups: list[list[int]]) -> list[int]:
 def test_groups_are_the_best_of_all_cuts(lengths, data):
     num_groups = data.draw(st.integers(1, len(lengths)))
     ways = every_cut(lengths, num_groups)
-    groups = group_by_length(torch.tensor(lengths), num_groups=num_groups)
+    groups, _ = plan_by_length(torch.tensor(lengths), num_groups=num_groups)
     assert len(groups) == num_groups
     assert sorted(sum(groups, [])) == list(range(len(lengths)))
     limit = min(GROUP_SLACK * min(max(way) for way in ways), -(-len(lengths) // num_groups) * max(lengths))
@@ -53,7 +53,7 @@ def test_groups_are_the_best_of_all_cuts(lengths, data):
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=8), budget=st.integers(1, 200))
 @example(lengths=[1, 2, 2, 2, 6], budget=4)  # a row above the budget is no leave for the others
 def test_as_few_groups_as_the_budget_allows(lengths, budget):
-    groups = group_by_length(torch.tensor(lengths), token_budget=budget)
+    groups, _ = plan_by_length(torch.tensor(lengths), token_budget=budget)
     assert sorted(sum(groups, [])) == list(range(len(lengths)))
     assert all(cost <= budget or len(rows) == 1 for rows, cost in zip(groups, costs(lengths, groups), strict=True))
     fewer = every_cut(lengths, len(groups) - 1) if len(groups) > 1 else []
@@ -61,7 +61,7 @@ def test_as_few_groups_as_the_budget_allows(lengths, budget):
 
 
 def test_equal_lengths_stay_in_equal_groups():
-    assert group_by_length(torch.full((12,), 7), num_groups=3) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+    assert plan_by_length(torch.full((12,), 7), num_groups=3)[0] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
 def test_all_ranks_cut_alike():
@@ -71,10 +71,10 @@ def test_all_ranks_cut_alike():
     def gather(lengths):
         return torch.stack([rank.sort(descending=True).values for rank in ranks])
 
-    first, second = (group_by_length(rank, num_groups=3, gather=gather) for rank in ranks)
+    first, second = (plan_by_length(rank, num_groups=3, gather=gather)[0] for rank in ranks)
     assert [len(rows) for rows in first] == [len(rows) for rows in second]
     assert first[0][0] == 1 and second[0][0] == 3, "the longest rows come first"
-    first, second = (group_by_length(rank, token_budget=60, gather=gather) for rank in ranks)
+    first, second = (plan_by_length(rank, token_budget=60, gather=gather)[0] for rank in ranks)
     assert [len(rows) for rows in first] == [len(rows) for rows in second]
 
 
@@ -167,7 +167,7 @@ def test_regrouped_micro_batches_hold_the_same_rows_and_weigh_the_same():
     lengths = torch.tensor([3, 9, 1, 2, 30, 2, 8, 1])
     mask = (torch.arange(30) < lengths.unsqueeze(1)).int()
     whole = {"prompt_mask": torch.ones(8, 2, dtype=torch.int), "completion_mask": mask, "advantages": rows_of(8, 30)}
-    groups = group_by_length(lengths + 2, num_groups=4)
+    groups, _ = plan_by_length(lengths + 2, num_groups=4)
     regrouping = Regrouping([select_rows(whole, [row, row + 1]) for row in range(0, 8, 2)], groups)
     batches = [regrouping[index] for index in range(4)]
     assert batches[0]["completion_mask"].sum() == 30, "the longest row is alone"

@@ -1,8 +1,8 @@
 """What the gradient at a sampled position looks at, and what it has to know for that."""
 
 from .estimator import Estimator, Sampled
-from .passes import Passes
+from .models import Models
 from .reading import Reading
 
 
-__all__ = ["Estimator", "Passes", "Reading", "Sampled"]
+__all__ = ["Estimator", "Models", "Reading", "Sampled"]

@@ -8,7 +8,7 @@ from ..grpo.loss_seam import Surrogate
 from ..objective.advantages import Population
 from ..objective.scores import Scores
 from ..teachers import Teacher
-from .passes import Passes
+from .models import Models
 from .reading import Reading
 
 
@@ -33,13 +33,13 @@ class Estimator(Surrogate):
     A *rollout* is the batch that `GRPOTrainer` makes of its samples, see [`~teachers.Teacher`].
     """
 
-    passes: Passes
+    models: Models
 
     def check(self, teacher: Teacher) -> None:
         """Raise `ValueError` if the teacher cannot say what is asked of it."""
 
-    def prepare(self, passes: Passes) -> None:
-        self.passes = passes
+    def prepare(self, models: Models) -> None:
+        self.models = models
 
     def read(self, rollout: dict[str, Any], question: dict[str, Any]) -> Reading:
         """
@@ -104,8 +104,8 @@ class Sampled(Estimator):
     def read(self, rollout, question):
         student_logps = rollout.get("old_per_token_logps")
         if student_logps is None:
-            student_logps = self.passes.student_logps(rollout)
-        return Reading(self.passes.teacher_logps(question), student_logps)
+            student_logps = self.models.student_logps(rollout)
+        return Reading(self.models.teacher_logps(question), student_logps)
 
     def advantages(self, scores, reading, mask, population):
         moments = population.moments(scores.shaped, mask)

@@ -29,14 +29,14 @@ class SamplerStatistics(Sampled):
 
     def read(self, rollout, question):
         # Evaluation may sample at another temperature, and a pass more costs little there.
-        if not self.passes.is_training:
+        if not self.models.is_training:
             return super().read(rollout, question)
         if "sampling_per_token_logps" not in rollout:
             raise ValueError(
                 "`use_sampling_logps` is True, but the sampler returned no log-probs. Have `rollout_func` return "
                 "`logprobs`, or switch it off."
             )
-        return Reading(self.passes.teacher_logps(question), rollout["sampling_per_token_logps"], is_estimate=True)
+        return Reading(self.models.teacher_logps(question), rollout["sampling_per_token_logps"], is_estimate=True)
 
     def for_the_loss(self, rollout, reading, moments):
         if not reading.is_estimate:
@@ -52,8 +52,8 @@ class SamplerStatistics(Sampled):
         if "teacher_per_token_logps" not in inputs:
             return super().advantages_in_loss(logps, inputs)
         logps, mask = logps.detach(), valid_tokens(inputs)
-        raise_together([non_finite("student", logps, inputs, mask, self.passes.tokenizer)], logps.device)
-        self.passes.watch_sampler(inputs, logps)
+        raise_together([non_finite("student", logps, inputs, mask, self.models.tokenizer)], logps.device)
+        self.models.watch_sampler(inputs, logps)
         scores = self.score(inputs["teacher_per_token_logps"], logps, mask, inputs["reference_logps"])
         advantages = self.population.whiten(scores.shaped, mask, inputs["score_moments"])
         return self.mix(advantages, inputs["reward_advantages"], mask)

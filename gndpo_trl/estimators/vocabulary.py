@@ -51,10 +51,10 @@ class WholeVocabulary(Estimator):
 
     def read(self, rollout, question):
         # The student last: a teacher that is the student with other weights has FSDP free what it has gathered.
-        teacher = self.passes.teacher_states(question)
-        student = self.passes.student_states(rollout)
+        teacher = self.models.teacher_states(question)
+        student = self.models.student_states(rollout)
         mask = rollout["completion_mask"].bool()
-        with self.passes.clock.phase("distributions"):
+        with self.models.clock.phase("distributions"):
             found = compare_rows(student, teacher, rollout["completion_ids"][mask], self.score_clip)
         fields = {name: torch.zeros(mask.shape, device=mask.device) for name in vars(found)}
         for name, values in vars(found).items():
@@ -64,7 +64,7 @@ class WholeVocabulary(Estimator):
         student_logps = rollout.get("old_per_token_logps")
         if student_logps is None:
             student_logps = distributions.student_logps
-            self.passes.watch_sampler(rollout, student_logps)
+            self.models.watch_sampler(rollout, student_logps)
         return Reading(distributions.teacher_logps, student_logps, distributions=distributions, teacher_states=teacher)
 
     def metrics(self, reading, mask):
@@ -129,7 +129,7 @@ class Exact(WholeVocabulary):
         return population.whiten(relative, mask, moments, subtract_mean=not self.has_baseline), moments
 
     def for_the_loss(self, rollout, reading, moments):
-        if not self.passes.is_training:
+        if not self.models.is_training:
             return {}
         states = reading.teacher_states
         self.heads = states.heads
@@ -150,7 +150,7 @@ class Exact(WholeVocabulary):
         if "teacher_hidden_states" not in inputs:
             return None
         if not self.heads:  # the run goes on from a checkpoint
-            found = self.passes.teacher_states(one_token(inputs, self.teacher.names)).heads
+            found = self.models.teacher_states(one_token(inputs, self.teacher.names)).heads
             saved = self.saved_heads or [None] * len(found)
             self.heads = [then or now for then, now in zip(saved, found, strict=True)]
         return partial(self._expected_advantage, inputs)

@@ -23,13 +23,13 @@ from .trl_hooks import split_pixel_values_by_grid, unsplit_pixel_values_by_grid
 GROUP_SLACK = 1.25
 
 
-def group_by_length(
+def plan_by_length(
     lengths: torch.Tensor,
     *,
     num_groups: int | None = None,
     token_budget: int | None = None,
     gather: Callable[[torch.Tensor], torch.Tensor] = lambda lengths: lengths,
-) -> list[list[int]]:
+) -> tuple[list[list[int]], list[int]]:
     """
     Distribute rows over groups of similar length, in the same sizes on all ranks.
 
@@ -45,20 +45,9 @@ def group_by_length(
             `(1, B)` lengths. The default is one process.
 
     Returns:
-        `list[list[int]]`: lists of row indices, the longest rows first; together they hold each of the `B` rows once.
+        `tuple[list[list[int]], list[int]]`: the groups, as lists of row indices, the longest rows first, which together hold
+        each of the `B` rows once; and the padded tokens of each on the rank where it is largest.
     """
-    groups, _ = plan_by_length(lengths, num_groups=num_groups, token_budget=token_budget, gather=gather)
-    return groups
-
-
-def plan_by_length(
-    lengths: torch.Tensor,
-    *,
-    num_groups: int | None = None,
-    token_budget: int | None = None,
-    gather: Callable[[torch.Tensor], torch.Tensor] = lambda lengths: lengths,
-) -> tuple[list[list[int]], list[int]]:
-    """The groups of [`group_by_length`], and the padded tokens of each on the rank where it is largest."""
     order = lengths.argsort(descending=True, stable=True)
     longest = tuple(gather(lengths[order].unsqueeze(0)).amax(0).tolist())
     if num_groups is None:
@@ -121,7 +110,7 @@ def merge_batches(batches: list[dict[str, Any]]) -> dict[str, Any]:
 
 class Regrouping:
     """
-    The rows of equally large micro-batches in as many other micro-batches, see [`group_by_length`].
+    The rows of equally large micro-batches in as many other micro-batches, see [`plan_by_length`].
 
     A micro-batch is put together when it is asked for, so that no image is held twice but those of the one in use.
 

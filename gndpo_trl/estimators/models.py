@@ -7,7 +7,7 @@ import torch
 from ..grpo.hidden_states import HiddenStates
 
 
-class Passes:
+class Models:
     """
     Student and teacher of a run, in timed forward passes over real tokens. All ranks make a pass together.
 
