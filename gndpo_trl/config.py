@@ -121,9 +121,10 @@ class GNDPOConfig(ExtendedGRPOConfig):
         advantage_normalization (`str`, *optional*):
             Population over which the clamped scores are whitened. `None` is `"global"`, or `"none"` with `score_power`.
             `"global"`: all valid tokens of the generation batch, on all ranks and in all accumulation steps (GNDPO).
-            `"none"`: no whitening, the clamped scores are the advantages (on-policy distillation). `"group"`: the tokens of the completions of the same prompt.
-            `"sequence"`: the tokens of the same completion. `"teacher"`: the tokens that the same one of several
-            teachers scored, since teachers differ in scale.
+            `"none"`: no whitening, the clamped scores are the advantages (on-policy distillation). `"group"`: the tokens
+            of the completions of the same prompt, level with `"global"` on short answers. `"sequence"`: the tokens of the
+            same completion. `"teacher"`: the tokens that the same one of several teachers scored, since teachers differ in
+            scale.
         std_floor (`float`, *optional*, defaults to `0.0`):
             Lower bound, in nats, of the standard deviation that the scores are divided by. A positive value keeps
             rounding noise from being blown up to unit variance once the student has become its teacher.
@@ -131,7 +132,8 @@ class GNDPOConfig(ExtendedGRPOConfig):
             Weight λ of the teacher's lead over the student before training, in the scores of G-OPD:
             `λ (log π_teacher - log π_ref) - (log π_student - log π_ref)`. 1 is the plain score, which needs no reference;
             above 1 the student is led beyond its teacher. The reference is TRL's with `beta`, else a copy of the student
-            or, for a PEFT student, what lies under its adapters.
+            or, for a PEFT student, what lies under its adapters. On short answers, at a good learning rate, 1.25 and
+            1.5 were level with 1.
         score_power (`float`, *optional*, defaults to `0.0`):
             Exponent α of PowerOPD: the score is the difference `π_teacher^α - π_student^α` of the sampled token's
             probabilities. It needs no clamp, so that the default of `score_clip` means none, and PowerOPD does not whiten
@@ -139,7 +141,8 @@ class GNDPOConfig(ExtendedGRPOConfig):
             log-probs. Metrics of scores stay in nats.
         score_discount (`float`, *optional*, defaults to `0.0`):
             Discount γ of the clamped scores of later tokens, which are added to those of a token before they are
-            normalized. 0 is the paper: each token for itself. 1 adds up all that follow.
+            normalized. 0 is the paper: each token for itself. 1 adds up all that follow. On short answers 0.9 was
+            level with 0 at a good learning rate, and 12 points better at three times that.
         distillation_coef (`float`, *optional*, defaults to `1.0`):
             Weight of the teacher's advantages beside those of the rewards.
         reward_coef (`float`, *optional*, defaults to `0.0`):
@@ -312,8 +315,8 @@ class GNDPOConfig(ExtendedGRPOConfig):
             '`score_power`. `"global"`: all valid tokens of the '
             'generation batch, on all ranks and in all accumulation steps (GNDPO). `"none"`: no whitening, the '
             'clamped scores are the advantages (on-policy distillation). `"group"`: the tokens of the completions '
-            'of the same prompt. `"sequence"`: the tokens of the same completion. `"teacher"`: the tokens that the '
-            "same one of several teachers scored, since teachers differ in scale.",
+            'of the same prompt, level with `"global"` on short answers. `"sequence"`: the tokens of the same completion. '
+            '`"teacher"`: the tokens that the same one of several teachers scored, since teachers differ in scale.',
             "choices": list(ADVANTAGE_NORMALIZATIONS),
         },
     )
@@ -330,7 +333,8 @@ class GNDPOConfig(ExtendedGRPOConfig):
             "help": "Weight λ of the teacher's lead over the student before training, in the scores of G-OPD: `λ (log "
             "π_teacher - log π_ref) - (log π_student - log π_ref)`. 1 is the plain score, which needs no reference; above "
             "1 the student is led beyond its teacher. The reference is TRL's with `beta`, else a copy of the student or, "
-            "for a PEFT student, what lies under its adapters."
+            "for a PEFT student, what lies under its adapters. On short answers, at a good learning rate, 1.25 and 1.5 "
+            "were level with 1."
         },
     )
     score_power: float = field(
@@ -346,7 +350,8 @@ class GNDPOConfig(ExtendedGRPOConfig):
         default=0.0,
         metadata={
             "help": "Discount γ of the clamped scores of later tokens, which are added to those of a token before they "
-            "are normalized. 0 is the paper: each token for itself. 1 adds up all that follow."
+            "are normalized. 0 is the paper: each token for itself. 1 adds up all that follow. On short answers 0.9 was "
+            "level with 0 at a good learning rate, and 12 points better at three times that."
         },
     )
     distillation_coef: float = field(

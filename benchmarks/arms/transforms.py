@@ -108,10 +108,16 @@ class Transformed(Sampled):
         return self.transform(scores.raw, mask), None
 
 
+FUNCTIONS = {
+    "scale": scale,
+    "center": center,
+    "scale-sequence": partial(scale, by_sequence=True),
+    "center-sequence": partial(center, by_sequence=True),
+    "robust": robust,
+    "tanh": tanh,
+}
+
+
 def build_transform(name: str) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """The function of an arm's name; one per run, since `running` remembers."""
-    if name == "running":
-        return Running()
-    if name.endswith("-sequence"):
-        return partial(globals()[name.removesuffix("-sequence")], by_sequence=True)
-    return globals()[name]
+    return Running() if name == "running" else FUNCTIONS[name]
