@@ -1,6 +1,6 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers.trainer_utils import SchedulerType
 from trl import GRPOConfig
@@ -88,6 +88,16 @@ class GNDPOConfig(ExtendedGRPOConfig):
             Temperature for sampling during evaluation. `None` uses `temperature`, as TRL does. `0.0` is greedy
             decoding, with one completion per prompt (`num_generations_eval=1`). Log-probs are computed at `temperature`
             all the same, so `eval_reverse_kl` then estimates no divergence.
+
+        > Parameters that control the logging
+
+        log_completions_steps (`int`, *optional*):
+            Fewest optimizer steps from one log of completions to the next, with `log_completions`: in the terminal, in
+            files and in wandb. `None` spreads 100 over the run; 1 logs them with every log. The first log and the last
+            step have them in any case.
+        num_completions_in_page (`int`, *optional*, defaults to `64`):
+            Most completions in a page of the token view: those with the most extreme tokens, and others at random. `None`
+            has all of them, as the file beside it does.
 
         > Parameters that control scoring
 
@@ -203,6 +213,16 @@ class GNDPOConfig(ExtendedGRPOConfig):
     > `learning_rate=1e-6`, `max_grad_norm=1.0`, `temperature=1.0`, `top_p=1.0`.
     """
 
+    _less_is_better: ClassVar[tuple[str, ...]] = (
+        *("reverse_kl", "reverse_kl_k3", "teacher/{name}/reverse_kl", "score/clamped_low", "score/clamped_high"),
+        *("teacher/unknown_tokens", "advantages/undefined"),
+        *ExtendedGRPOConfig._less_is_better,
+    )
+    _greater_is_better: ClassVar[tuple[str, ...]] = (
+        *("score/mean", "teacher/{name}/score/mean", "teacher/mean_logp"),
+        *ExtendedGRPOConfig._greater_is_better,
+    )
+
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs", "teacher_chat_template_kwargs"]
 
     # Parameters that control the teacher
@@ -286,6 +306,15 @@ class GNDPOConfig(ExtendedGRPOConfig):
             "help": "Number of completions per prompt. Distillation compares no completions of a prompt, so that one of each "
             "of many prompts says most for its tokens. More are needed for `reward_coef`, and share their prompt in forward "
             "passes."
+        },
+    )
+
+    # Parameters that control the logging
+    num_completions_in_page: int | None = field(
+        default=64,
+        metadata={
+            "help": "Most completions in a page of the token view: those with the most extreme tokens, and others at "
+            "random. `None` has all of them, as the file beside it does."
         },
     )
 

@@ -36,6 +36,10 @@ class GSPOConfig(ExtendedGRPOConfig):
             Whether a forward pass computes a prompt, with its images, once for all of its completions. `None` does so
             where the model is found to compute the same and at least a quarter of the tokens is saved; the log names the
             models that keep separate rows, and why. `True` raises an error instead. `False` keeps separate rows.
+        log_completions_steps (`int`, *optional*):
+            Fewest optimizer steps from one log of completions to the next, with `log_completions`: in the terminal, in
+            files and in wandb. `None` spreads 100 over the run; 1 logs them with every log. The first log and the last
+            step have them in any case.
         importance_sampling_level (`str`, *optional*, defaults to `"sequence"`):
             Level of the importance ratio. `"sequence"` is GSPO, `"token"` is GRPO.
         loss_type (`str`, *optional*, defaults to `"grpo"`):

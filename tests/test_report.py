@@ -15,10 +15,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import gndpo_trl
-from gndpo_trl.report import runs
 from gndpo_trl.report.command import main, write_report
-from gndpo_trl.report.figures import COLOURS, look, smooth
-from gndpo_trl.report.runs import THROUGHPUT, TokenPage, read_run, read_runs, short_names
+from gndpo_trl.report.figures import COLOURS, look, overlaid, smooth
+from gndpo_trl.report.runs import THROUGHPUT, TokenPage, newest_state, printable, read_run, read_runs, short_names
 
 
 NAN = float("nan")
@@ -208,6 +207,25 @@ def test_runs_lie_over_each_other_and_what_they_lack_is_left_out(tmp_path):
     assert of_first in found and of_second not in found
 
 
+def test_names_of_any_characters_stand_in_the_figures_as_they_are(tmp_path):
+    """`$` would begin a formula, which `$\\frac$` is not even, and curves of names with `_` in front would have no label."""
+    names = ["a $x^2$ b", "$\\frac$", "_run", "__", "100% & <b>", "ü\nx", "\udcff"]
+    entries = [{"step": 1, "reverse_kl": 0.5}, {"step": 2, "eval_$\\frac$_reverse_kl": 0.4}]
+    folder = write_state(tmp_path / "run", entries)
+    runs = [read_run(folder, printable(name)) for name in names]
+    figure = overlaid(runs, "Reward: $\\frac$", "reverse_kl", False)
+    figure.savefig(tmp_path / "figure.png")
+    found = [text.get_text().strip() for text in figure.axes[0].get_legend().get_texts()]
+    shown = [*names[:5], "ü\ufffdx", "\ufffd"]
+    assert found == [text for name in shown for text in (name, f"{name}, eval_$\\frac$")]
+
+    # Names that no page can hold, and figures that stand side by side.
+    folders = [write_state(tmp_path / name, history()[:1]) for name in ("$\\frac$", "_run \udcff\n$")]
+    write_tokens(folders[1], "train_00002.html")
+    text = write_report(folders, tmp_path / "report \udcff").read_text()
+    assert "<td>_run \ufffd\ufffd$</td>" in text and "%FF%0A%24/token_scores/train_00002.html" in text
+
+
 def test_a_single_point_is_drawn(tmp_path):
     page = write_report([write_state(tmp_path / "run", history()[:1])], tmp_path / "report")
     assert rgb(COLOURS[0]) in colours_in(page.parent / "reverse_kl.png")
@@ -292,8 +310,9 @@ def test_a_report_is_made_without_loading_torch_or_trl(tmp_path):
     assert "gndpo_trl.report.page" in loaded and not loaded & {"datasets", "torch", "transformers", "trl"}
 
 
-def test_files_of_a_run_have_the_names_that_transformers_gives_them():
-    assert (runs.TRAINER_STATE_NAME, runs.PREFIX_CHECKPOINT_DIR) == (TRAINER_STATE_NAME, PREFIX_CHECKPOINT_DIR)
+def test_files_have_the_names_that_transformers_gives_them(tmp_path):
+    write_state(tmp_path / f"{PREFIX_CHECKPOINT_DIR}-2", history())
+    assert newest_state(tmp_path).name == TRAINER_STATE_NAME
 
 
 def test_the_package_exports_what_it_lists_and_nothing_else():

@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from .config_checks import count_problems, raise_problems, type_problems
+from .evaluation_logs import GREATER_IS_BETTER, LESS_IS_BETTER, best_model_problems, is_greater_better
 from .launch import check_ddp_backend, check_launch
 from .vllm import VLLMConfig
 
@@ -13,7 +15,8 @@ class ExtendedGRPOConfig(VLLMConfig):
     r"""
     [`~trl.GRPOConfig`] with a temperature for evaluation, a token budget for scoring and shared prompts.
 
-    Mistakes in how the run is launched are refused here, before any model is loaded.
+    Mistakes in how the run is launched are refused here, before any model is loaded. `greater_is_better` follows from
+    `metric_for_best_model`, see [`~grpo.evaluation_logs.is_greater_better`].
 
     Parameters:
         eval_temperature (`float`, *optional*):
@@ -29,7 +32,14 @@ class ExtendedGRPOConfig(VLLMConfig):
             Whether a forward pass computes a prompt, with its images, once for all of its completions. `None` does so
             where the model is found to compute the same and at least a quarter of the tokens is saved; the log names the
             models that keep separate rows, and why. `True` raises an error instead. `False` keeps separate rows.
+        log_completions_steps (`int`, *optional*):
+            Fewest optimizer steps from one log of completions to the next, with `log_completions`: in the terminal, in
+            files and in wandb. `None` spreads 100 over the run; 1 logs them with every log. The first log and the last
+            step have them in any case.
     """
+
+    _less_is_better: ClassVar[tuple[str, ...]] = LESS_IS_BETTER
+    _greater_is_better: ClassVar[tuple[str, ...]] = GREATER_IS_BETTER
 
     eval_temperature: float | None = field(
         default=None,
@@ -57,12 +67,22 @@ class ExtendedGRPOConfig(VLLMConfig):
             "rows."
         },
     )
+    log_completions_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Fewest optimizer steps from one log of completions to the next, with `log_completions`: in the "
+            "terminal, in files and in wandb. `None` spreads 100 over the run; 1 logs them with every log. The first log "
+            "and the last step have them in any case."
+        },
+    )
 
     def __post_init__(self):
         raise_problems(type_problems(self))  # nothing can be compared before
         raise_problems(self._problems())
         if self.eval_temperature == 0:
             self.num_generations_eval = 1
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = is_greater_better(self)
         check_ddp_backend(self)
         super().__post_init__()
         raise_problems(self._late_problems())
@@ -71,6 +91,7 @@ class ExtendedGRPOConfig(VLLMConfig):
     def _problems(self) -> Iterator[str]:
         """What is wrong with the fields as they were given, each with the value and the remedy."""
         yield from count_problems(self)
+        yield from best_model_problems(self)
         yield from super()._problems()
         if self.eval_temperature is not None and not 0 <= self.eval_temperature < float("inf"):
             yield (

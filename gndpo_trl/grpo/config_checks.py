@@ -27,6 +27,8 @@ COUNTS = (
     "max_completion_length",
     "pad_to_multiple_of",
     "scoring_token_budget",
+    "log_completions_steps",
+    "num_completions_in_page",
 )
 
 # Numbers that enter the gradient as they are, where infinity and NaN are never meant.

@@ -8,6 +8,7 @@ from trl import GRPOTrainer
 from .checkpoints import CheckpointMixin
 from .completion_tables import CompletionTablesMixin
 from .data_checks import check_datasets, check_images_alike, check_images_are_read
+from .evaluation_logs import EvaluationLogsMixin, check_best_metric
 from .learned_prompts import check_learned_prompts
 from .real_tokens import RealTokensMixin
 from .sampling import SamplingMixin
@@ -23,6 +24,7 @@ class ExtendedGRPOTrainer(
     CheckpointMixin,
     CompletionTablesMixin,
     GRPOTrainer,
+    EvaluationLogsMixin,
 ):
     """
     What [`GNDPOTrainer`] and [`GSPOTrainer`] stand on: [`~trl.GRPOTrainer`] that looks at its data before it loads a
@@ -42,6 +44,7 @@ class ExtendedGRPOTrainer(
                 named.get("reward_funcs"),
                 brings_columns=any(named.get(name) is not None for name in ("environment_factory", "rollout_func")),
             )
+            check_best_metric(named["args"], named.get("eval_dataset"))
         super().__init__(*args, **kwargs)
         check_images_are_read(self)
         self._trains_on_images = None

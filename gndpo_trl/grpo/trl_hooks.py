@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 
 import torch
+import transformers.trainer
 import trl.trainer.utils
 from transformers.trainer import TRAINER_STATE_NAME
 from trl.models import prepare_deepspeed, prepare_fsdp
@@ -20,6 +22,7 @@ from trl.trainer.utils import (
     maybe_gather_lm_head_ctx,
     nanstd,
     pad,
+    print_prompt_completions_sample,
     split_pixel_values_by_grid,
     unsplit_pixel_values_by_grid,
 )
@@ -47,9 +50,11 @@ __all__ = [
     "pad",
     "prepare_deepspeed",
     "prepare_fsdp",
+    "print_prompt_completions_sample",
     "real_tokens_in_lm_head",
     "split_pixel_values_by_grid",
     "unsplit_pixel_values_by_grid",
+    "uploads_without",
     "without_advice_on_levels",
 ]
 
@@ -77,7 +82,8 @@ OVERRIDDEN_METHODS = {
     # Called on all ranks for a checkpoint that can be resumed, before the main one writes `trainer_state.json`.
     "_save_rng_state": ("self", "output_dir"),
     # Called on all ranks with what a step or an evaluation gives; on the main one it prints `num_completions_to_print`
-    # of the completions in `_logs`, none for 0, and hands a table of them to wandb and trackio.
+    # of the completions in `_logs`, none for 0, and hands a table of them to wandb and trackio. It adds `_metrics[mode]` to
+    # `logs` (as `eval_{name}` in evaluation), has transformers log that, and comes to completions after it.
     "log": ("self", "logs", "start_time"),
     # Called once when a run resumes, before the first micro-batch; the trainer's state is there by then.
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
@@ -86,6 +92,11 @@ OVERRIDDEN_METHODS = {
     "_get_train_sampler": ("self", "dataset"),
     # Called with keywords for each epoch that is left, and ends after a step in which `control` says so.
     "_run_epoch": None,
+    # Called on all ranks, for each of several sets by itself; what it gives to `log` is what it returns.
+    "evaluate": ("self", "eval_dataset", "ignore_keys", "metric_key_prefix"),
+    # The two that upload `output_dir`, both with transformers' `hf_api().upload_folder`.
+    "push_to_hub": None,
+    "_push_from_checkpoint": ("self", "checkpoint_folder"),
 }
 
 # Attributes of a constructed `GRPOTrainer` that are read or set.
@@ -253,3 +264,27 @@ def without_advice_on_levels() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(is_other)
+
+
+class _Uploads:
+    """The hub's client of transformers, whose uploads of folders leave out more than they are told to."""
+
+    def __init__(self, client: Any, patterns: list[str]):
+        self.client, self.patterns = client, patterns
+
+    def __getattr__(self, name):
+        return getattr(self.client, name)
+
+    def upload_folder(self, *, ignore_patterns: list[str] | None = None, **kwargs):
+        return self.client.upload_folder(ignore_patterns=[*(ignore_patterns or ()), *self.patterns], **kwargs)
+
+
+@contextmanager
+def uploads_without(patterns: list[str]) -> Iterator[None]:
+    """Have transformers' trainer leave out these paths where it uploads `output_dir`; it takes no patterns itself."""
+    get_client = transformers.trainer.hf_api
+    transformers.trainer.hf_api = lambda: _Uploads(get_client(), patterns)
+    try:
+        yield
+    finally:
+        transformers.trainer.hf_api = get_client

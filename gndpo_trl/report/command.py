@@ -12,7 +12,7 @@ what they do not log is left out.
 import argparse
 from pathlib import Path
 
-from .runs import read_runs
+from .runs import printable, read_runs
 
 
 def write_report(folders: list[Path], output_dir: Path) -> Path:
@@ -63,5 +63,5 @@ def main(arguments: list[str] | None = None) -> int:
         page = write_report(args.runs, output_dir)
     except (ImportError, FileNotFoundError, ValueError) as error:
         parser.error(str(error))
-    print(f"Written: {page}")
+    print(f"Written: {printable(str(page))}")
     return 0

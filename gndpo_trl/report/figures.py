@@ -131,18 +131,24 @@ def overlaid(runs: list[Run], title: str, metric: str, log_scale: bool) -> Figur
         for name in evaluations(run, metric):
             at, points = run.curve(name)
             lowest, highest = min(lowest, points.min()), max(highest, points.max())
-            label = f"{run.name}, {name.removesuffix(metric).rstrip('_')}"
+            label = f" {run.name}, {name.removesuffix(metric).rstrip('_')}"
             axis.plot(at, points, "o:", markersize=4, linewidth=1, color=style["color"], label=label)
     if np.isinf(lowest):
         return None
     if log_scale and 0 < DECADES * lowest < highest:
         axis.set_yscale("log")
-    axis.set_title(title)
-    axis.legend(fontsize="small")
+    axis.set_title(title, parse_math=False)
+    add_legend(axis)
     return figure
 
 
+def add_legend(axis: Axes) -> None:
+    for text in axis.legend(fontsize="small").get_texts():
+        text.set_parse_math(False)
+
+
 def draw_curve(axis: Axes, steps: np.ndarray, values: np.ndarray, label: str, style: dict) -> None:
+    label = f" {label}"  # matplotlib leaves labels that begin with "_" out of legends
     if len(steps) == 1:
         axis.plot(steps, values, "s", color=style["color"], label=label)
         return
@@ -161,12 +167,12 @@ def beside(runs: list[Run], title: str, is_named: bool, draw_run: Callable[[Axes
     figure, axes = new_figure(columns, -(-len(runs) // columns))
     for axis, run in zip(axes.flat, runs, strict=False):
         draw_run(axis, run)
-        axis.set_title(run.name if is_named else title)
-        axis.legend(fontsize="small")
+        axis.set_title(run.name if is_named else title, parse_math=False)
+        add_legend(axis)
     for axis in axes.flat[len(runs) :]:
         axis.set_visible(False)
     if is_named:
-        figure.suptitle(title)
+        figure.suptitle(title, parse_math=False)
     return figure
 
 

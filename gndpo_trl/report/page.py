@@ -114,7 +114,7 @@ def all_pages(run: Run, folder: Path) -> str:
 
 
 def link(page: TokenPage, folder: Path) -> str:
-    return f'<a href="{quote(os.path.relpath(page.path, folder))}">{page.step:,}</a>'
+    return f'<a href="{quote(os.fsencode(os.path.relpath(page.path, folder)))}">{page.step:,}</a>'
 
 
 def table(header: list[str], lines: list[list[str]]) -> str:

@@ -12,14 +12,13 @@ import numpy as np
 from ..token_view import FOLDER
 
 
-# Those of transformers, which takes seconds to import.
-TRAINER_STATE_NAME = "trainer_state.json"
-PREFIX_CHECKPOINT_DIR = "checkpoint"
-
 # Prompt and completion tokens of all ranks since the last log, for each second; made of two metrics.
 THROUGHPUT = "tokens per second"
 
-_CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-\d+")
+# As transformers calls them, whose import would take longer than the report.
+TRAINER_STATE_NAME = "trainer_state.json"
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
+
 _TOKEN_PAGE = re.compile(r"(?P<mode>.+)_(?P<step>\d+)\.html")
 
 
@@ -38,7 +37,7 @@ class Run:
     A run as it can be read from its folder.
 
     Attributes:
-        name: What tells it from the other runs of the report.
+        name: What tells it from the other runs of the report, in characters that can be printed.
         folder: Its `output_dir`.
         step: Optimizer steps done when the trainer state was written.
         max_steps: Optimizer steps that were to be done.
@@ -105,7 +104,13 @@ def read_runs(folders: list[Path]) -> list[Run]:
     for folder in resolved:
         if resolved.count(folder) > 1:
             raise ValueError(f"{folder} is given twice.")
-    return [read_run(folder, name) for folder, name in zip(resolved, short_names(resolved), strict=True)]
+    names = map(printable, short_names(resolved))
+    return [read_run(folder, name) for folder, name in zip(resolved, names, strict=True)]
+
+
+def printable(name: str) -> str:
+    """A name with a sign in the place of what no page and no terminal shows, such as bytes of a path that are no text."""
+    return "".join(character if character.isprintable() else "\ufffd" for character in name)
 
 
 def read_run(folder: Path, name: str) -> Run:

@@ -7,8 +7,8 @@ from importlib.resources import files
 import numpy as np
 
 from .colours import HIGH, LOW, MIDDLE
-from .images import data_url, encode
-from .rows import TokenRow, extreme_tokens, score_scale
+from .images import for_page, once_each
+from .rows import TokenRow, extreme_tokens, sample_rows, score_scale
 from .table import TOKEN_COLUMNS, number, short
 
 
@@ -17,7 +17,9 @@ NUM_EXTREMES = 10
 NUM_BINS = 61
 
 
-def write_page(rows: list[TokenRow], path: str, step: int, mode: str, score_clip: float | None) -> None:
+def write_page(
+    rows: list[TokenRow], path: str, step: int, mode: str, score_clip: float | None, count: int | None = None
+) -> None:
     """
     Write the page of a batch.
 
@@ -27,9 +29,10 @@ def write_page(rows: list[TokenRow], path: str, step: int, mode: str, score_clip
         step (`int`): Optimizer step.
         mode (`str`): `"train"` or the name of an evaluation.
         score_clip (`float` or `None`): Bound of the clamp, in nats.
+        count (`int` or `None`): Most completions in the page; `None`: all of them.
     """
     title = f"Tokens of step {step}, {mode}"
-    data = {"title": title, **page_data(rows, score_clip)}
+    data = {"title": title, **page_data(rows, score_clip, rows_in_page(rows, count, step))}
     # No text can close the script that holds the data: JSON needs no "<" outside of strings, which may escape it.
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     template = files(__package__).joinpath("page.html").read_text(encoding="utf-8")
@@ -38,21 +41,31 @@ def write_page(rows: list[TokenRow], path: str, step: int, mode: str, score_clip
         file.writelines([before, text, after])
 
 
-def page_data(rows: list[TokenRow], score_clip: float | None) -> dict:
-    """What the page's script reads, with prompts and images that several completions share once."""
-    scale = score_scale(rows, score_clip)
-    prompts, urls, row_data = {}, {}, []
-    for row in rows:
-        images = []
-        for image in row.images:
-            encoded = encode(image)
-            url = data_url(encoded)
-            source = {"path": str(encoded["path"])} if url is None else {"url": url}
-            images.append(urls.setdefault(json.dumps(source), len(urls)))
+def rows_in_page(rows: list[TokenRow], count: int | None, step: int) -> list[int]:
+    """Numbers of the rows that the page has: first those of the most extreme tokens, then others at random; in order."""
+    if count is None or count >= len(rows):
+        return list(range(len(rows)))
+    ends = zip(*extreme_tokens(rows, NUM_EXTREMES), strict=True)  # from either end by turns, the most extreme first
+    order = [row for pair in ends for row, _ in pair] + sample_rows(rows, count, step)
+    return sorted(list(dict.fromkeys(order))[:count])
+
+
+def page_data(rows: list[TokenRow], score_clip: float | None, shown: list[int] | None = None) -> dict:
+    """
+    What the page's script reads, with prompts and images that several completions share once.
+
+    Scale, histogram and number of completions are of all rows; the others are of those `shown`, by default all.
+    """
+    shown = list(range(len(rows))) if shown is None else shown
+    scale, in_page = score_scale(rows, score_clip), [rows[number] for number in shown]
+    prompts, images, row_data, as_source = {}, {}, [], once_each(for_page)
+    for number_in_batch, row in zip(shown, in_page, strict=True):
+        sources = [as_source(image) for image in row.images]
         row_data.append(
             {
+                "number": number_in_batch + 1,
                 "prompt": prompts.setdefault(row.prompt, len(prompts)),
-                "images": images,
+                "images": [images.setdefault(tuple(source.items()), len(images)) for source in sources],
                 "rank": row.rank,
                 "reward": number(row.reward),
                 "rewards": {name: number(value) for name, value in row.rewards.items()},
@@ -63,14 +76,16 @@ def page_data(rows: list[TokenRow], score_clip: float | None) -> dict:
                 **{name: short(getattr(row, name)) for name in TOKEN_COLUMNS},
             }
         )
-    lowest, highest = extreme_tokens(rows, NUM_EXTREMES)
+    lowest, highest = extreme_tokens(in_page, NUM_EXTREMES)
     return {
         "clip": score_clip,
         "scale": scale,
         "colours": [LOW, MIDDLE, HIGH],
         "histogram": histogram(rows, scale),
+        "num_completions": len(rows),
+        "num_tokens": sum(len(row.tokens) for row in rows),
         "prompts": list(prompts),
-        "images": [json.loads(source) for source in urls],
+        "images": [dict(source) for source in images],
         "extremes": {"lowest": lowest, "highest": highest},
         "rows": row_data,
     }

@@ -1,5 +1,6 @@
 """The rows behind every form of the token view: one for each completion, with what was found out about its tokens."""
 
+import random
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -125,6 +126,14 @@ def extreme_tokens(rows: list[TokenRow], count: int) -> tuple[list[tuple[int, in
     numbers = np.searchsorted(starts, order, side="right") - 1
     places = list(zip(numbers.tolist(), (order - starts[numbers]).tolist(), strict=True))
     return places[:count], places[::-1][:count]
+
+
+def sample_rows(rows: list[TokenRow], count: int | None, step: int) -> list[int]:
+    """Numbers of `count` rows taken at random, in their order; of all of them for `None`."""
+    if count is None or count >= len(rows):
+        return list(range(len(rows)))
+    # Not from the generator that the run draws from.
+    return sorted(random.Random(step).sample(range(len(rows)), max(count, 0)))
 
 
 def score_scale(rows: list[TokenRow], score_clip: float | None) -> float:

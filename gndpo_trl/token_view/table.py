@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features, Image, List, Value
 
-from .images import encode
+from .images import encode, once_each
 from .rows import TokenRow
 
 
@@ -42,14 +42,14 @@ def write_parquet(rows: list[TokenRow], path: str, step: int, mode: str) -> None
             "advantages": List(Value("float32")),
         }
     )
-    values = {name: [] for name in features}
+    values, encode_once = {name: [] for name in features}, once_each(encode)
     for row in rows:
         row_values = {
             "step": step,
             "mode": mode,
             "rank": row.rank,
             "prompt": row.prompt,
-            "images": [encode(image) for image in row.images],
+            "images": [encode_once(image) for image in row.images],
             "completion": row.completion,
             "reward": number(row.reward),
             **{f"rewards/{name}": number(row.rewards.get(name)) for name in names},
@@ -63,7 +63,9 @@ def write_parquet(rows: list[TokenRow], path: str, step: int, mode: str) -> None
             values[name].append(value)
     schema = features.arrow_schema
     arrays = [pa.array(values[name], type=schema.field(name).type) for name in features]
-    pq.write_table(pa.Table.from_arrays(arrays, schema=schema), path, compression="zstd")
+    table = pa.Table.from_arrays(arrays, schema=schema)
+    # An image that several completions have is in the file once, however large.
+    pq.write_table(table, path, compression="zstd", dictionary_pagesize_limit=2**31 - 1)
 
 
 def number(value: float | None) -> float | None:
@@ -83,7 +85,7 @@ def report_table(rows: list[TokenRow], step: int, mode: str, backend: Any, uniqu
         backend: The module `wandb` or `trackio`, whose `Image` wraps images.
         unique_prompts (`bool`): Whether to keep the first completion of each prompt alone (`log_unique_prompts`).
     """
-    lines, has_images = [], any(row.images for row in rows)
+    lines, has_images, as_image = [], any(row.images for row in rows), once_each(lambda image: backend.Image(image))
     for row in rows:
         columns = (short(getattr(row, name)) for name in TOKEN_COLUMNS)
         tokens = list(zip(row.tokens, *columns, row.clamped.tolist(), strict=True))
@@ -92,7 +94,7 @@ def report_table(rows: list[TokenRow], step: int, mode: str, backend: Any, uniqu
         line |= {"reward": number(row.reward), **{f"rewards/{name}": number(v) for name, v in row.rewards.items()}}
         line |= {"advantage": number(row.mean_advantage)}
         if has_images:
-            line["images"] = [backend.Image(image) for image in row.images]
+            line["images"] = [as_image(image) for image in row.images]
         lines.append({**line, "tokens": json.dumps(tokens, ensure_ascii=False)})
     table = pd.DataFrame(lines)
     return table.drop_duplicates("prompt") if unique_prompts else table

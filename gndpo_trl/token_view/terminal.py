@@ -1,15 +1,14 @@
 """The token view in the terminal, with rich."""
 
-import random
-
 from rich.console import Console, Group
 from rich.panel import Panel
 from rich.rule import Rule
 from rich.style import Style
 from rich.text import Text
 
+from ..grpo.terminal_text import harmless
 from .colours import colour, strength
-from .rows import TokenRow, extreme_tokens, score_scale
+from .rows import TokenRow, extreme_tokens, sample_rows, score_scale
 
 
 # Extreme tokens at either end, and the tokens shown on both sides of each.
@@ -18,10 +17,6 @@ CONTEXT = 8
 
 # Scores of less strength keep the terminal's own background, so that those with a colour stand out.
 FAINTEST = 0.2
-
-# Model output must not move the cursor or clear the screen: control characters become their pictures.
-PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | {0x7F: "\u2421"}
-PICTURES |= dict.fromkeys(range(0x80, 0xA0), "\ufffd")
 
 
 def print_rows(
@@ -40,26 +35,23 @@ def print_rows(
     """
     if count is not None and count <= 0:
         return
-    shown = range(len(rows))
-    if count is not None and count < len(rows):
-        shown = sorted(random.Random(step).sample(shown, count))  # not from the generator that the run draws from
     scale = score_scale(rows, score_clip)
     parts = [legend(scale, score_clip)]
-    for number in shown:
+    for number in sample_rows(rows, count, step):
         row = rows[number]
         rewards = "".join(f", {name} {value:.3g}" for name, value in row.rewards.items())
         parts.append(heading(f"{number + 1}: {len(row.tokens)} tokens, mean score {row.mean_score:.3f}{rewards}"))
-        parts.append(Text(row.prompt.translate(PICTURES), style="dim"))
+        parts.append(Text(harmless(row.prompt), style="dim"))
         parts += [Text(f"Images: {len(row.images)}", style="dim")] if row.images else []
         parts.append(Text().join(token_text(row, token, scale) for token in range(len(row.tokens))))
     for name, places in zip(("Lowest", "Highest"), extreme_tokens(rows, NUM_EXTREMES), strict=True):
         parts.append(heading(f"{name} scores of the batch"))
         parts += [in_context(rows[number], number, token, scale) for number, token in places]
-    console.print(Panel(Group(*parts), title=Text(f"Tokens of step {step}, {mode}")))
+    console.print(Panel(Group(*parts), title=Text(harmless(f"Tokens of step {step}, {mode}"))))
 
 
 def heading(text: str) -> Rule:
-    return Rule(Text(text), align="left")  # a plain string would be read as markup
+    return Rule(Text(harmless(text)), align="left")  # a plain string would be read as markup
 
 
 def legend(scale: float, score_clip: float | None) -> Text:
@@ -85,13 +77,13 @@ def style_of(score: float, scale: float, is_clamped: bool) -> Style:
 
 def token_text(row: TokenRow, token: int, scale: float) -> Text:
     style = style_of(float(row.scores[token]), scale, bool(row.clamped[token]))
-    return Text(row.tokens[token].translate(PICTURES), style=style)
+    return Text(harmless(row.tokens[token]), style=style)
 
 
 def in_context(row: TokenRow, number: int, token: int, scale: float) -> Text:
     text = Text(f"{row.scores[token]:+8.3f}  in {number + 1}: ")
     for place in range(max(0, token - CONTEXT), min(len(row.tokens), token + CONTEXT + 1)):
-        part = token_text(row, place, scale) if place == token else Text(row.tokens[place].translate(PICTURES))
+        part = token_text(row, place, scale) if place == token else Text(harmless(row.tokens[place]))
         part.plain = part.plain.replace("\n", "↵")
         text.append_text(Text("⟦") + part + Text("⟧") if place == token else part)
     text.append(f"  (teacher {row.teacher_logps[token]:.3f}, student {row.student_logps[token]:.3f})")
