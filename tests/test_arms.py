@@ -552,7 +552,7 @@ def test_tables_of_the_pretrained_pair():
 
 
 def test_the_document_holds_the_tables_of_the_committed_rows():
-    text = (ROOT / "docs" / "evidence.md").read_text()
+    text = (ROOT / "docs" / "evidence_tables.md").read_text()
     results, *others = (module.RESULTS for module in (command, gradient_noise, moments, pretrained))
     committed = (results, report.TIMES, *others)
     assert report.replace_tables(text, report.all_tables(*committed)) == text

@@ -1,5 +1,5 @@
 """
-The tables and figures of `docs/evidence.md`, from the rows of the arms' runs, `gradient_noise.py`, `moments.py` and
+The tables of `docs/evidence_tables.md` and the figures of `docs/evidence.md`, from the rows of the arms' runs, `gradient_noise.py`, `moments.py` and
 `pretrained.py`. Those of `timed_runs.parquet` are of runs of the arms too, which had the machine for themselves.
 
     python -m benchmarks.arms.report            # rewrites them in the document
@@ -479,7 +479,7 @@ def main() -> None:
     parser.add_argument("--noise", type=Path, default=FOLDER / "gradient_noise.parquet")
     parser.add_argument("--moments", type=Path, default=FOLDER / "moments.parquet")
     parser.add_argument("--pretrained", type=Path, default=FOLDER / "pretrained.parquet")
-    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "evidence.md")
+    parser.add_argument("--document", type=Path, default=ROOT / "docs" / "evidence_tables.md")
     parser.add_argument("--print", action="store_true", help="print the tables and write nothing")
     args = parser.parse_args()
     new = all_tables(args.results, args.times, args.noise, args.moments, args.pretrained)
