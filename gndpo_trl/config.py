@@ -110,6 +110,9 @@ class GNDPOConfig(ExtendedGRPOConfig):
             Whether a forward pass computes a prompt, with its images, once for all of its completions. `None` does so
             where the model is found to compute the same and at least a quarter of the tokens is saved; the log names the
             models that keep separate rows, and why. `True` raises an error instead. `False` keeps separate rows.
+        max_skipped_steps (`int`, *optional*, defaults to `5`):
+            Steps in a row whose loss or gradient is not finite, after which the run ends with a checkpoint. Such a step
+            changes no weight.
         use_sampling_logps (`bool`, *optional*, defaults to `False`):
             Whether to save the student's scoring pass by normalizing with the mean and standard deviation of scores
             that are computed from the sampler's log-probs (vLLM). Each token's score still uses the log-prob of the

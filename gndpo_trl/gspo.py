@@ -40,6 +40,9 @@ class GSPOConfig(ExtendedGRPOConfig):
             Fewest optimizer steps from one log of completions to the next, with `log_completions`: in the terminal, in
             files and in wandb. `None` spreads 100 over the run; 1 logs them with every log. The first log and the last
             step have them in any case.
+        max_skipped_steps (`int`, *optional*, defaults to `5`):
+            Steps in a row whose loss or gradient is not finite, after which the run ends with a checkpoint. Such a step
+            changes no weight.
         importance_sampling_level (`str`, *optional*, defaults to `"sequence"`):
             Level of the importance ratio. `"sequence"` is GSPO, `"token"` is GRPO.
         loss_type (`str`, *optional*, defaults to `"grpo"`):

@@ -1,7 +1,9 @@
 """Checkpoints in the middle of a generation batch, resumed as they were, otherwise, or from what a kill left."""
 
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -139,6 +141,38 @@ def test_a_run_that_is_over_makes_no_other_step(make_trainer, saved):
     before = torch.load(f"{saved}/checkpoint-2/optimizer.pt")["state"][0]["step"]
     assert trainer.optimizer.state_dict()["state"][0]["step"] == before
     assert not Path(saved, "checkpoint-3").exists()
+
+
+class Terminate(TrainerCallback):
+    """SIGTERM in a step, as a scheduler sends it."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_run_that_sigterm_ends_is_not_finished(make_trainer, tmp_path, caplog, step):
+    options = {"output_dir": str(tmp_path / "run"), "enable_jit_checkpoint": True, "max_steps": 4}
+    terminate = Terminate(step)
+    trainer = make_trainer(trainer_options={"callbacks": [terminate]}, **options)
+    trainer._on_sigterm.jit_manager.kill_wait = 0
+    before = signal.getsignal(signal.SIGTERM)
+    if step == 4:
+        assert trainer.train().global_step == 4
+        return
+    with pytest.raises(SystemExit) as caught:
+        trainer.train()
+    assert caught.value.code == 143 and "after step 2 of 4" in caplog.text
+    assert last_whole_checkpoint(str(tmp_path / "run")).endswith("checkpoint-2")
+    terminate.step = 3
+    with pytest.raises(SystemExit):
+        trainer.train(resume_from_checkpoint=True)
+    assert last_whole_checkpoint(str(tmp_path / "run")).endswith("checkpoint-3")
+    assert signal.getsignal(signal.SIGTERM) != before
 
 
 def test_what_a_rollout_keeps_in_cpu_memory_stays_there():

@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import signal
 import warnings
 from glob import glob
 from typing import Any
 
 import torch
+from accelerate.logging import get_logger
 from accelerate.utils import gather_object, is_peft_model
 from torch.serialization import default_restore_location
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -15,6 +17,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from .sigterm import AgreedJITCheckpointCallback, JITCheckpointCallback
 from .trl_hooks import TRAINER_STATE_NAME
 
+
+logger = get_logger(__name__)
 
 BUFFER = "generation_buffer_{}.pt"  # one for each rank
 
@@ -34,7 +38,8 @@ class CheckpointMixin:
       used again if everything that it depends on is the same; else all ranks leave it, with a warning that says why.
     - `trainer_state.json` is written when everything else is there. A folder without it is no checkpoint:
       `resume_from_checkpoint=True` takes the last one that is whole.
-    - `enable_jit_checkpoint` saves on SIGTERM at the end of the same step on all ranks.
+    - `enable_jit_checkpoint` saves on SIGTERM at the end of the same step on all ranks, and then ends the process: what would
+      come after `train` is for a run that is over.
     - A run that ends by a [`RunCannotGoOn`] saves its last step first, whatever `save_strategy` says.
     - A run that goes on in a later epoch reads the prompts of that epoch, each once; TRL's sampler would begin with those of
       the first. One that is resumed after its last step makes no other.
@@ -64,15 +69,16 @@ class CheckpointMixin:
         "vllm_importance_sampling_mode",
     )
 
+    _on_sigterm: AgreedJITCheckpointCallback | None = None
     _train_sampler = None  # of the run in progress; streams have none
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         keep_checkpoint_names(self.model)
         if self.args.enable_jit_checkpoint:
-            callback = AgreedJITCheckpointCallback()
-            callback.jit_manager = self.pop_callback(JITCheckpointCallback).jit_manager
-            self.add_callback(callback)
+            self._on_sigterm = AgreedJITCheckpointCallback()
+            self._on_sigterm.jit_manager = self.pop_callback(JITCheckpointCallback).jit_manager
+            self.add_callback(self._on_sigterm)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         if resume_from_checkpoint is True:
@@ -85,7 +91,7 @@ class CheckpointMixin:
             )
         self._begin_run()
         try:
-            return super().train(resume_from_checkpoint, *args, **kwargs)
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
         except RunCannotGoOn as reason:
             if self.state.global_step != self._saved_step:
                 self._save_checkpoint(self.model_wrapped, trial=None)
@@ -95,6 +101,13 @@ class CheckpointMixin:
                 f"{reason} The run ended after step {self.state.global_step}, which is saved in {self.args.output_dir!r}: "
                 "go on with `resume_from_checkpoint=True`."
             ) from reason
+        if self._on_sigterm is not None and self._on_sigterm.has_saved and not self._is_done():
+            logger.warning(
+                f"SIGTERM ended the run after step {self.state.global_step} of {self.state.max_steps}, which is saved in "
+                f"{self.args.output_dir!r}. It is not finished: go on with `resume_from_checkpoint=True`."
+            )
+            raise SystemExit(128 + signal.SIGTERM)
+        return output
 
     def _begin_run(self) -> None:
         """

@@ -36,6 +36,9 @@ class ExtendedGRPOConfig(VLLMConfig):
             Fewest optimizer steps from one log of completions to the next, with `log_completions`: in the terminal, in
             files and in wandb. `None` spreads 100 over the run; 1 logs them with every log. The first log and the last
             step have them in any case.
+        max_skipped_steps (`int`, *optional*, defaults to `5`):
+            Steps in a row whose loss or gradient is not finite, after which the run ends with a checkpoint. Such a step
+            changes no weight.
     """
 
     _less_is_better: ClassVar[tuple[str, ...]] = LESS_IS_BETTER
@@ -73,6 +76,13 @@ class ExtendedGRPOConfig(VLLMConfig):
             "help": "Fewest optimizer steps from one log of completions to the next, with `log_completions`: in the "
             "terminal, in files and in wandb. `None` spreads 100 over the run; 1 logs them with every log. The first log "
             "and the last step have them in any case."
+        },
+    )
+    max_skipped_steps: int = field(
+        default=5,
+        metadata={
+            "help": "Steps in a row whose loss or gradient is not finite, after which the run ends with a checkpoint. Such a "
+            "step changes no weight."
         },
     )
 

@@ -29,6 +29,7 @@ COUNTS = (
     "scoring_token_budget",
     "log_completions_steps",
     "num_completions_in_page",
+    "max_skipped_steps",
 )
 
 # Numbers that enter the gradient as they are, where infinity and NaN are never meant.

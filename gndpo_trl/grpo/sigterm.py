@@ -1,5 +1,7 @@
 """SIGTERM in a run of several processes: one decision, taken by all of them at the end of the same step."""
 
+import signal
+
 import torch
 from accelerate.utils import gather
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
@@ -12,7 +14,19 @@ class AgreedJITCheckpointCallback(JITCheckpointCallback):
     There, every process starts a timer of its own when the signal arrives and saves at the next point of the loop that
     it reaches after that, so that one rank can enter the collectives of saving while another enters those of training,
     and the job hangs. Here the ranks compare notes at the end of every optimizer step, and only there.
+
+    Attributes:
+        has_saved (`bool`): Whether a signal has ended the run in progress.
     """
+
+    has_saved = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.has_saved = False
+        if (
+            signal.getsignal(signal.SIGTERM) != self.jit_manager._sigterm_handler
+        ):  # transformers takes it back after a run
+            self.jit_manager.setup_signal_handler()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         pass
@@ -25,5 +39,5 @@ class AgreedJITCheckpointCallback(JITCheckpointCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         requested = torch.tensor([int(self.jit_manager.is_checkpoint_requested)], device=args.device)
-        self.jit_manager.is_checkpoint_requested = bool(gather(requested).any())
+        self.jit_manager.is_checkpoint_requested = self.has_saved = bool(gather(requested).any())
         super().on_step_end(args, state, control, **kwargs)

@@ -9,6 +9,7 @@ from .checkpoints import CheckpointMixin
 from .completion_tables import CompletionTablesMixin
 from .data_checks import check_datasets, check_images_alike, check_images_are_read
 from .evaluation_logs import EvaluationLogsMixin, check_best_metric
+from .finite_steps import FiniteStepsMixin
 from .learned_prompts import check_learned_prompts
 from .real_tokens import RealTokensMixin
 from .sampling import SamplingMixin
@@ -21,6 +22,7 @@ class ExtendedGRPOTrainer(
     StepProgressMixin,
     RealTokensMixin,
     VLLMMixin,
+    FiniteStepsMixin,
     CheckpointMixin,
     CompletionTablesMixin,
     GRPOTrainer,
@@ -29,8 +31,8 @@ class ExtendedGRPOTrainer(
     """
     What [`GNDPOTrainer`] and [`GSPOTrainer`] stand on: [`~trl.GRPOTrainer`] that looks at its data before it loads a
     model, pays for real tokens, samples with vLLM from the prompts that it scores, goes on exactly from its checkpoints,
-    validates at a temperature of its own, says what it is doing in steps that take long, and logs completions with images
-    to wandb.
+    keeps NaN out of its weights, validates at a temperature of its own, says what it is doing in steps that take long, and
+    logs completions with images to wandb.
     """
 
     def __init__(self, *args, **kwargs):

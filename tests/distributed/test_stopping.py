@@ -23,11 +23,12 @@ def test_sigterm_saves_a_checkpoint_on_all_ranks_and_ends(launch, accelerate_con
         assert job.process.poll() is None and time.monotonic() < deadline, job.output
         time.sleep(0.5)
     job.process.send_signal(signal.SIGTERM)  # as a scheduler does; the launcher passes it on to its workers
-    job.process.wait(timeout=60)
+    assert job.process.wait(timeout=60) != 0
+    assert "It is not finished: go on with `resume_from_checkpoint=True`" in job.output
     (checkpoint,) = (job.folder / "out").glob("checkpoint-*")
     assert not (checkpoint / "checkpoint-is-incomplete.txt").exists(), job.output
     assert len(list(checkpoint.glob("rng_state_*.pth"))) == 2
-    assert len(list(job.folder.glob("rank*.json"))) == 2, job.output  # both came to the end of the run
+    assert not list(job.folder.glob("rank*.json")), job.output  # of a run that is over
     step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
     resumed = launch(accelerate_config, config={**config, "max_steps": step + 1}, resume=str(checkpoint))
     assert resumed.returncode == 0 and resumed.reports[0]["global_step"] == step + 1, resumed.output
