@@ -99,11 +99,12 @@ def test_an_interrupted_trainer_goes_on_as_a_new_one_would(make_trainer, text_da
 
 
 def test_another_run_of_the_same_trainer_begins_with_a_batch_of_its_own(make_trainer):
-    trainer = make_trainer(max_steps=3, **{**MIDDLE, "save_strategy": "no"})
+    trainer = make_trainer(max_steps=3, log_completions=True, **{**MIDDLE, "save_strategy": "no"})
     generated, generate = [], trainer._generate
     trainer._generate = lambda prompts: generated.append(prompts) or generate(prompts)
-    trainer.train()
-    trainer.train()
+    for _ in range(2):
+        trainer.train()
+        Path(trainer.args.output_dir, "completions", "completions_00001.parquet").unlink()  # is written by each
     assert len(generated) == 2 and generated[0] == generated[1]
 
 

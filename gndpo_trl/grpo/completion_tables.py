@@ -35,6 +35,10 @@ class CompletionTablesMixin:
         self._cannot_show: set[str] = set()
         super().__init__(*args, **kwargs)
 
+    def _begin_run(self):
+        super()._begin_run()
+        self._completions_logged.clear()
+
     def push_to_hub(self, *args, **kwargs):
         with uploads_without([f"{folder}/*" for folder in self._completion_folders]):
             return super().push_to_hub(*args, **kwargs)

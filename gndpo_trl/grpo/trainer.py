@@ -23,8 +23,8 @@ class ExtendedGRPOTrainer(
     RealTokensMixin,
     VLLMMixin,
     FiniteStepsMixin,
-    CheckpointMixin,
     CompletionTablesMixin,
+    CheckpointMixin,
     GRPOTrainer,
     EvaluationLogsMixin,
 ):
