@@ -64,7 +64,7 @@ class FiniteStepsMixin:
             )
         self.skipped_steps += 1
         self.skipped_in_a_row += 1
-        if self.accelerator.scaler is None:  # a scaler skips the step itself
+        if self.accelerator.scaler is None and not self.is_deepspeed_enabled:  # these skip an overflow themselves
             self.model_wrapped.zero_grad(set_to_none=True)
 
     def _gradient_is_finite(self) -> torch.Tensor:

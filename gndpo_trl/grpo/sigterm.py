@@ -23,9 +23,8 @@ class AgreedJITCheckpointCallback(JITCheckpointCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.has_saved = False
-        if (
-            signal.getsignal(signal.SIGTERM) != self.jit_manager._sigterm_handler
-        ):  # transformers takes it back after a run
+        # transformers takes its handler back after a run; this may be another one.
+        if signal.getsignal(signal.SIGTERM) != self.jit_manager._sigterm_handler:
             self.jit_manager.setup_signal_handler()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
