@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from gndpo_trl.grpo import pictures
-from gndpo_trl.grpo.pictures import look_at, open_picture, pictures_in, pictures_of
+from gndpo_trl.grpo.pictures import look_at, open_picture, pictures_of, with_open_pictures
 
 
 LEFT_HALF_BLACK = Image.fromarray(np.repeat(np.array([[0] * 4 + [255] * 4], dtype=np.uint8), 6, axis=0))
@@ -88,7 +88,7 @@ def test_pictures_are_turned_as_their_tag_says(tmp_path):
         (np.zeros((4, 4, 3)), "array of float64.*Scale it to 0-255"),
         (torch.zeros(3, 4, 4), "array of float32"),
         (np.zeros((4, 4, 3), dtype=np.int64), "array of int64"),
-        (np.zeros((4, 4, 5), dtype=np.uint8), r"array of shape \(4, 4, 5\)"),
+        (np.zeros((6, 6, 5), dtype=np.uint8), r"array of shape \(6, 6, 5\)"),
         (Image.new("RGB", (0, 4)), "it has 0x4 pixels"),
         (np.zeros((0, 4, 3), dtype=np.uint8), "without a pixel"),
         (b"no picture", "does not open"),
@@ -178,4 +178,21 @@ def test_pictures_of_a_row_in_the_order_of_its_prompt():
     filled += [{"type": "text", "text": "?", "image": None}]
     assert pictures_of({"prompt": user(*filled), "images": ["b"]}) == ["a", "b"]
     with pytest.raises(ValueError, match="does not match"):
-        pictures_in(user(gap, text), ["a", "b"])
+        pictures_of({"prompt": user(gap, text), "images": ["a", "b"]})
+
+
+def test_all_pictures_of_a_row_are_opened_and_each_once(tmp_path):
+    path = str(tmp_path / "half.png")
+    LEFT_HALF_BLACK.save(path)
+    message = {"role": "user", "content": [{"type": "image", "path": path}, {"type": "text", "text": "?"}]}
+    row = {"prompt": [message], "teacher_prompt": [message], "teacher_images": [path], "images": [path], "image": path}
+    opened = {}
+    row = with_open_pictures({**row, "answer": 3}, opened=opened)
+    parts = [row[name][0]["content"][0] for name in ("prompt", "teacher_prompt")]
+    found = [*row["images"], row["image"], *row["teacher_images"], *(part["image"] for part in parts)]
+    assert_left_half_black(found[0])
+    assert all(picture is found[0] for picture in found) and len(opened) == 1
+    assert row["answer"] == 3 and message["content"][0] == {"type": "image", "path": path}
+    assert with_open_pictures(row)["images"][0] is found[0]
+    with pytest.raises(ValueError, match="a picture in `image`: there is no file"):
+        with_open_pictures({"prompt": "?", "image": "none.png"})

@@ -6,7 +6,8 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def open_picture(picture: Any, fetch: bool = False) -> Image.Image:
 
     Args:
         picture:
-            A PIL image, a path, the bytes of a file, a dictionary with `bytes` or `path` (as data sets keep pictures), a
+            A PIL image, a path, an open file or its bytes, a dictionary with `bytes` or `path` (as data sets keep pictures), a
             data URL, base64 text, or an array or tensor of `uint8`: `(H, W)`, `(H, W, C)` or `(C, H, W)`.
         fetch (`bool`, *optional*, defaults to `False`):
             Whether an http(s) URL is fetched: for 30 seconds at most, and at most 32 MiB.
@@ -88,6 +89,8 @@ def _opened(picture: Any, fetch: bool) -> Image.Image:
         picture = _file_or_bytes(picture, fetch)
     if isinstance(picture, bytes | bytearray | memoryview):
         picture = io.BytesIO(picture)
+    elif hasattr(picture, "read"):
+        pass
     elif not isinstance(picture, Path):
         raise ValueError(
             f"{str(picture)[:80]!r} ({type(picture).__name__}) is no picture. Give a PIL image, a path, the bytes of a "
@@ -191,21 +194,12 @@ def pictures_of(row: dict[str, Any]) -> list | None:
     """
     The pictures of a row's prompt, in the prompt's order, as they stand in the row: those in its messages, with those of
     the column `images` or `image` at the placeholders; `None` if there are none.
-    """
-    return pictures_in(row.get("prompt"), pictures_in_column(row))
-
-
-def pictures_in(prompt: Any, others: list | None) -> list | None:
-    """
-    The pictures of a prompt in its order: those in its messages, with `others` at its placeholders; `None` without any.
 
     Raises:
-        `ValueError`: there are more `others` than placeholders, or fewer.
+        `ValueError`: there are more pictures in the column than placeholders in the messages, or fewer.
     """
-    if not isinstance(prompt, list):
-        return others or None
-    messages = prepare_multimodal_messages(with_parts_alike(prompt), images=others)
-    return [part["image"] for part in parts_of(messages) if part["type"] == "image"] or None
+    prompt, others = row.get("prompt"), pictures_in_column(row)
+    return pictures_in(placed(prompt, others)) or None if isinstance(prompt, list) else others
 
 
 def pictures_in_column(row: dict[str, Any]) -> list | None:
@@ -213,6 +207,18 @@ def pictures_in_column(row: dict[str, Any]) -> list | None:
     if "images" in row:
         return row["images"] or None
     return [row["image"]] if row.get("image") is not None else None
+
+
+def placed(messages: list[dict[str, Any]], others: list | None) -> list[dict[str, Any]]:
+    """Messages with all pictures in their parts: `others` at the placeholders, or before the first words of the user."""
+    messages = with_parts_alike(messages)
+    has_parts = any(part.get("type") == "image" for part in parts_of(messages))
+    return prepare_multimodal_messages(messages, images=others) if others or has_parts else messages
+
+
+def pictures_in(messages: list[dict[str, Any]]) -> list:
+    """The pictures that stand in the parts of messages."""
+    return [part["image"] for part in parts_of(messages) if part.get("type") == "image" and "image" in part]
 
 
 def parts_of(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -226,23 +232,74 @@ def with_parts_alike(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     Messages whose pictures all stand as `{"type": "image", "image": ...}`, under whichever key they were, and whose parts
     are without the keys that are `None`: Arrow gives all parts the same keys, and templates take them for content.
     """
+    return with_parts(messages, _alike)
 
-    def alike(part: dict[str, Any]) -> dict[str, Any]:
-        part = {key: value for key, value in part.items() if value is not None}
-        key = next((key for key in PART_KEYS if key in part), None)
-        if part.get("type") not in ("image", "image_url") or key is None:
-            return part
-        picture = part[key]
-        if key == "image_url" and isinstance(picture, Mapping):  # as OpenAI's interface has it
-            picture = picture["url"]
-        elif key == "base64" and not picture.startswith("data:"):
-            picture = f"data:image;base64,{picture}"
-        others = {name: value for name, value in part.items() if name not in PART_KEYS}
-        return {**others, "type": "image", "image": picture}
 
+def with_parts(
+    messages: list[dict[str, Any]], change: Callable[[dict[str, Any]], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Messages whose parts are what `change` makes of them."""
     return [
-        {**message, "content": [alike(part) for part in message["content"]]}
+        {**message, "content": [change(part) for part in message["content"]]}
         if isinstance(message.get("content"), list)
         else message
         for message in messages
     ]
+
+
+def _alike(part: dict[str, Any]) -> dict[str, Any]:
+    part = {key: value for key, value in part.items() if value is not None}
+    key = next((key for key in PART_KEYS if key in part), None)
+    if part.get("type") not in ("image", "image_url") or key is None:
+        return part
+    picture = part[key]
+    if key == "image_url" and isinstance(picture, Mapping):  # as OpenAI's interface has it
+        picture = picture.get("url")
+    elif key == "base64" and isinstance(picture, str) and not picture.startswith("data:"):
+        picture = f"data:image;base64,{picture}"
+    others = {name: value for name, value in part.items() if name not in PART_KEYS}
+    return {**others, "type": "image", "image": picture}
+
+
+def with_open_pictures(row: dict[str, Any], fetch: bool = False, opened: dict | None = None) -> dict[str, Any]:
+    """
+    A row whose pictures are all what [`open_picture`] makes of them, in its columns and in its prompts.
+
+    Args:
+        row (`dict`): Row of a data set.
+        fetch (`bool`, *optional*, defaults to `False`): Whether http(s) URLs are fetched.
+        opened (`dict`, *optional*): Pictures of other rows that were opened already; those of this row are added to it.
+
+    Raises:
+        `ValueError`: naming the column and what is wrong with the picture.
+    """
+    opened = {} if opened is None else opened
+
+    def open_once(picture: Any, column: str) -> Image.Image:
+        key = id(picture)
+        if isinstance(picture, str | bytes):
+            key = picture
+        elif isinstance(picture, Mapping):
+            key = picture.get("bytes"), picture.get("path")
+        if key not in opened:
+            try:
+                # The picture itself is kept too, so that no other gets its id.
+                opened[key] = picture, open_picture(picture, fetch)
+            except ValueError as error:
+                raise ValueError(f"a picture in `{column}`: {error}") from error
+        return opened[key][1]
+
+    def open_part(part: dict[str, Any], column: str) -> dict[str, Any]:
+        is_filled = part.get("type") == "image" and "image" in part
+        return {**part, "image": open_once(part["image"], column)} if is_filled else part
+
+    changes = {}
+    for column in ("images", "teacher_images"):
+        if row.get(column):
+            changes[column] = [open_once(picture, column) for picture in row[column]]
+    if row.get("image") is not None:
+        changes["image"] = open_once(row["image"], "image")
+    for column in ("prompt", "teacher_prompt"):
+        if isinstance(row.get(column), list):
+            changes[column] = with_parts(with_parts_alike(row[column]), partial(open_part, column=column))
+    return {**row, **changes}
