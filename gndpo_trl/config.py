@@ -110,6 +110,9 @@ class GNDPOConfig(ExtendedGRPOConfig):
             Whether a forward pass computes a prompt, with its images, once for all of its completions. `None` does so
             where the model is found to compute the same and at least a quarter of the tokens is saved; the log names the
             models that keep separate rows, and why. `True` raises an error instead. `False` keeps separate rows.
+        fetch_image_urls (`bool`, *optional*, defaults to `False`):
+            Whether images that the data give as http(s) URLs are fetched, by every rank in every step that has them, for
+            30 seconds and 32 MiB at most. By default they are refused.
         use_sampling_logps (`bool`, *optional*, defaults to `False`):
             Whether to save the student's scoring pass by normalizing with the mean and standard deviation of scores
             that are computed from the sampler's log-probs (vLLM). Each token's score still uses the log-prob of the

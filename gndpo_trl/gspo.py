@@ -40,6 +40,9 @@ class GSPOConfig(ExtendedGRPOConfig):
             Fewest optimizer steps from one log of completions to the next, with `log_completions`: in the terminal, in
             files and in wandb. `None` spreads 100 over the run; 1 logs them with every log. The first log and the last
             step have them in any case.
+        fetch_image_urls (`bool`, *optional*, defaults to `False`):
+            Whether images that the data give as http(s) URLs are fetched, by every rank in every step that has them, for
+            30 seconds and 32 MiB at most. By default they are refused.
         importance_sampling_level (`str`, *optional*, defaults to `"sequence"`):
             Level of the importance ratio. `"sequence"` is GSPO, `"token"` is GRPO.
         loss_type (`str`, *optional*, defaults to `"grpo"`):

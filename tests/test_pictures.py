@@ -5,14 +5,17 @@ import http.server
 import io
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_models
 import torch
 from PIL import Image
 
 from gndpo_trl.grpo import pictures
 from gndpo_trl.grpo.pictures import look_at, open_picture, pictures_of, with_open_pictures
+from gndpo_trl.teachers.prompts import images_of
 
 
 LEFT_HALF_BLACK = Image.fromarray(np.repeat(np.array([[0] * 4 + [255] * 4], dtype=np.uint8), 6, axis=0))
@@ -196,3 +199,68 @@ def test_all_pictures_of_a_row_are_opened_and_each_once(tmp_path):
     assert with_open_pictures(row)["images"][0] is found[0]
     with pytest.raises(ValueError, match="a picture in `image`: there is no file"):
         with_open_pictures({"prompt": "?", "image": "none.png"})
+
+
+def as_png_path(image: Image.Image, folder) -> str:
+    path = str(folder / f"{len(list(folder.iterdir()))}.png")
+    image.save(path)
+    return path
+
+
+@pytest.mark.parametrize("family", ["internvl", "qwen25vl"])
+def test_student_and_teacher_get_the_same_pixels_from_every_form(make_trainer, family, tmp_path):
+    """A drawing on a transparent ground: TRL alone would put it on black, and read it from columns of lists only."""
+    drawing = Image.merge("LA", [Image.new("L", (24, 24)), Image.linear_gradient("L").resize((24, 24))])
+    white = Image.new("RGB", (24, 24), "white")
+    white.paste(0, mask=drawing.getchannel("A"))
+    path, text = as_png_path(drawing, tmp_path), {"type": "text", "text": "what is the sum ?"}
+    content, words = Path(path).read_bytes(), [{"role": "user", "content": "what is the sum ?"}]
+
+    def in_message(**part):
+        return {"prompt": [{"role": "user", "content": [{"type": "image", **part}, text]}]}
+
+    forms = [{"prompt": words, "images": [white]}, {"prompt": words, "images": [drawing]}]
+    forms += [{"prompt": words, "image": path}, {"prompt": words, "images": [{"bytes": content, "path": None}]}]
+    forms += [
+        in_message(image=drawing),
+        in_message(image=path),
+        in_message(url=path, text=None),
+        in_message(path=path),
+    ]
+    forms += [in_message(base64=base64.b64encode(content).decode()), {**in_message(image=None), "images": [content]}]
+    trainer = make_trainer(family)
+    trainer.model.train()
+    found = []
+    for row in forms:
+        rows = [{**row}, {**row}]
+        pixels = trainer._generate_and_score_completions(rows)["pixel_values"]
+        (of_teacher,) = images_of(rows[0])
+        assert np.asarray(of_teacher).tolist() == np.asarray(white).tolist()
+        found.append(pixels)
+    for pixels in found:
+        torch.testing.assert_close(pixels, found[0], rtol=0, atol=0)
+
+
+def test_pictures_in_the_messages_of_the_teachers_prompt(make_trainer, image_dataset, tmp_path):
+    own = [tiny_models.draw_image(index).convert("P") for index in (7, 8)]
+    words = {"type": "text", "text": "what is two plus two ?"}
+    parts = [{"type": "image", "path": as_png_path(image, tmp_path)} for image in own]
+    rows = {
+        "column": {"teacher_prompt": [{"role": "user", "content": words["text"]}], "teacher_images": own},
+        "messages": {"teacher_prompt": [{"role": "user", "content": [*parts, words]}]},
+        "both": {
+            "teacher_prompt": [{"role": "user", "content": [parts[0], {"type": "image"}, words]}],
+            "teacher_images": own[1:],
+        },
+    }
+    trainer = make_trainer("qwen25vl")
+    read = {}
+    trainer.teacher.start = lambda question: read.update(question)
+    trainer.model.train()
+    expected = None
+    for row in rows.values():
+        batch = [{**image_dataset[0], **row} for _ in range(2)]
+        trainer._generate_and_score_completions(batch)
+        assert len(images_of(batch[0])) == 2
+        expected = expected or (read["pixel_values"], read["prompt_ids"])
+        torch.testing.assert_close((read["pixel_values"], read["prompt_ids"]), expected, rtol=0, atol=0)

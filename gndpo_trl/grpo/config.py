@@ -36,6 +36,9 @@ class ExtendedGRPOConfig(VLLMConfig):
             Fewest optimizer steps from one log of completions to the next, with `log_completions`: in the terminal, in
             files and in wandb. `None` spreads 100 over the run; 1 logs them with every log. The first log and the last
             step have them in any case.
+        fetch_image_urls (`bool`, *optional*, defaults to `False`):
+            Whether images that the data give as http(s) URLs are fetched, by every rank in every step that has them, for
+            30 seconds and 32 MiB at most. By default they are refused.
     """
 
     _less_is_better: ClassVar[tuple[str, ...]] = LESS_IS_BETTER
@@ -73,6 +76,13 @@ class ExtendedGRPOConfig(VLLMConfig):
             "help": "Fewest optimizer steps from one log of completions to the next, with `log_completions`: in the "
             "terminal, in files and in wandb. `None` spreads 100 over the run; 1 logs them with every log. The first log "
             "and the last step have them in any case."
+        },
+    )
+    fetch_image_urls: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether images that the data give as http(s) URLs are fetched, by every rank in every step that has "
+            "them, for 30 seconds and 32 MiB at most. By default they are refused."
         },
     )
 

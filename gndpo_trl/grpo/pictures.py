@@ -19,7 +19,7 @@ from trl import prepare_multimodal_messages
 
 
 IMAGE_COLUMNS = ("images", "image")  # where TRL looks for pictures, in this order
-# Keys under which a part of a message names its picture. TRL reads the first, and takes a part without it for a placeholder.
+# Keys under which a part of a message names its picture. TRL reads the first; a part without it is a placeholder to it.
 PART_KEYS = ("image", "url", "path", "base64", "image_url")
 
 FETCH_SECONDS = 30
@@ -32,7 +32,7 @@ def open_picture(picture: Any, fetch: bool = False) -> Image.Image:
 
     Args:
         picture:
-            A PIL image, a path, an open file or its bytes, a dictionary with `bytes` or `path` (as data sets keep pictures), a
+            A PIL image, a path, an open file or its bytes, a dictionary with `bytes` or `path` (as data sets keep them), a
             data URL, base64 text, or an array or tensor of `uint8`: `(H, W)`, `(H, W, C)` or `(C, H, W)`.
         fetch (`bool`, *optional*, defaults to `False`):
             Whether an http(s) URL is fetched: for 30 seconds at most, and at most 32 MiB.
@@ -137,8 +137,8 @@ def _file_or_bytes(text: str, fetch: bool) -> bytes | Path:
     if is_url(text):
         if not fetch:
             raise ValueError(
-                f"{text[:200]!r} is a URL, and nothing is fetched unless `fetch_image_urls` is set. Set it, or download the "
-                "pictures beforehand"
+                f"{text[:200]!r} is a URL, and nothing is fetched unless `fetch_image_urls` is set. Set it, or download "
+                "the pictures beforehand"
             )
         return _fetched(text)
     if text.startswith("file://"):
@@ -223,8 +223,9 @@ def pictures_in(messages: list[dict[str, Any]]) -> list:
 
 def parts_of(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """All parts of the messages whose content is a list of them."""
-    contents = (message.get("content") for message in messages)
-    return [part for content in contents if isinstance(content, list) for part in content]
+    contents = (message.get("content") for message in messages if isinstance(message, Mapping))
+    parts = (part for content in contents if isinstance(content, list) for part in content)
+    return [part for part in parts if isinstance(part, Mapping)]
 
 
 def with_parts_alike(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -239,26 +240,28 @@ def with_parts(
     messages: list[dict[str, Any]], change: Callable[[dict[str, Any]], dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """Messages whose parts are what `change` makes of them."""
-    return [
-        {**message, "content": [change(part) for part in message["content"]]}
-        if isinstance(message.get("content"), list)
-        else message
-        for message in messages
-    ]
+
+    def changed(message: Any) -> Any:
+        content = message.get("content") if isinstance(message, Mapping) else None
+        if not isinstance(content, list):
+            return message
+        return {**message, "content": [change(part) if isinstance(part, Mapping) else part for part in content]}
+
+    return [changed(message) for message in messages]
 
 
 def _alike(part: dict[str, Any]) -> dict[str, Any]:
     part = {key: value for key, value in part.items() if value is not None}
-    key = next((key for key in PART_KEYS if key in part), None)
-    if part.get("type") not in ("image", "image_url") or key is None:
+    if part.get("type") not in ("image", "image_url"):
         return part
-    picture = part[key]
+    key = next((key for key in PART_KEYS if key in part), None)
+    picture = part.get(key)
     if key == "image_url" and isinstance(picture, Mapping):  # as OpenAI's interface has it
         picture = picture.get("url")
     elif key == "base64" and isinstance(picture, str) and not picture.startswith("data:"):
         picture = f"data:image;base64,{picture}"
     others = {name: value for name, value in part.items() if name not in PART_KEYS}
-    return {**others, "type": "image", "image": picture}
+    return {**others, "type": "image"} if key is None else {**others, "type": "image", "image": picture}
 
 
 def with_open_pictures(row: dict[str, Any], fetch: bool = False, opened: dict | None = None) -> dict[str, Any]:
