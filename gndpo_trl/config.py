@@ -113,6 +113,9 @@ class GNDPOConfig(ExtendedGRPOConfig):
         max_skipped_steps (`int`, *optional*, defaults to `5`):
             Steps in a row whose loss or gradient is not finite, after which the run ends with a checkpoint. Such a step
             changes no weight.
+        fetch_image_urls (`bool`, *optional*, defaults to `False`):
+            Whether images that the data give as http(s) URLs are fetched, by every rank in every step that has them, for
+            30 seconds and 32 MiB at most. By default they are refused.
         use_sampling_logps (`bool`, *optional*, defaults to `False`):
             Whether to save the student's scoring pass by normalizing with the mean and standard deviation of scores
             that are computed from the sampler's log-probs (vLLM). Each token's score still uses the log-prob of the

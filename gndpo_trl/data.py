@@ -22,6 +22,8 @@ from PIL import Image
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import prepare_multimodal_messages
 
+from .grpo.pictures import open_picture
+
 
 # Loader of the `datasets` library for a single file, by its ending.
 FILE_LOADERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json"}
@@ -96,23 +98,11 @@ def get_split(splits: DatasetDict | IterableDatasetDict, field: str, name: str) 
     return splits[name]
 
 
-def open_image(image: Any) -> Image.Image:
-    """An image (PIL, path, bytes, or a dictionary of these) as RGB; transparent parts become white, as paper is."""
-    if not isinstance(image, Image.Image):
-        image = ImageFeature().decode_example(ImageFeature().encode_example(image))
-    if image.mode.startswith(("I", "F")):
-        raise ValueError(f"mode {image.mode!r} has more than the 8 bits per channel of RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
-
-
 def open_images(images: Any) -> list[Image.Image]:
     """All images of a row whose column holds a list of them, a single one, or none."""
     if images is None:
         return []
-    return [open_image(image) for image in (images if isinstance(images, list) else [images])]
+    return [open_picture(image) for image in (images if isinstance(images, list) else [images])]
 
 
 def content_parts(text: str, num_images: int) -> list[dict[str, str]]:
@@ -211,7 +201,7 @@ def prepare_questions(
             raise ValueError(f"{where}: the answer is {answer!r}. Give a text or a number, or remove the row.")
         try:
             images = open_images(row[names["images"]]) if has_images else []
-        except Exception as error:  # whatever PIL raises for a broken file
+        except Exception as error:  # whatever datasets and Pillow raise for a broken file
             raise ValueError(
                 f"{where}: an image does not open ({type(error).__name__}: {error}). Replace it or remove the row."
             ) from error

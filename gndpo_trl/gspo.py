@@ -43,6 +43,9 @@ class GSPOConfig(ExtendedGRPOConfig):
         max_skipped_steps (`int`, *optional*, defaults to `5`):
             Steps in a row whose loss or gradient is not finite, after which the run ends with a checkpoint. Such a step
             changes no weight.
+        fetch_image_urls (`bool`, *optional*, defaults to `False`):
+            Whether images that the data give as http(s) URLs are fetched, by every rank in every step that has them, for
+            30 seconds and 32 MiB at most. By default they are refused.
         importance_sampling_level (`str`, *optional*, defaults to `"sequence"`):
             Level of the importance ratio. `"sequence"` is GSPO, `"token"` is GRPO.
         loss_type (`str`, *optional*, defaults to `"grpo"`):

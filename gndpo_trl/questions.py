@@ -50,7 +50,7 @@ class QuestionsMixin:
         if self.teacher_prompt_fn is None:
             return rows
         completions, self._completions = self._completions, ()
-        rows = write_prompts(self.teacher_prompt_fn, rows, list(completions))
+        rows = self._with_open_pictures(write_prompts(self.teacher_prompt_fn, rows, list(completions)))
         has_own = [float(row["teacher_prompt"] is not None) for row in rows]
         share = gather(torch.tensor(has_own, device=self.accelerator.device)).mean().item()
         self._metrics[mode]["teacher/own_prompts"].append(share)

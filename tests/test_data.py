@@ -25,7 +25,6 @@ from gndpo_trl.data import (
     content_parts,
     drop_long_prompts,
     load_splits,
-    open_image,
     prepare_questions,
     split_off_test,
 )
@@ -137,14 +136,6 @@ def test_a_reply_as_instructed_has_the_format_that_is_rewarded():
     assert re.search(r"Begin your reply with <think>.*</think>.*\\boxed\{\}", INSTRUCTION)
     replies = ["<think>2 * 3 = 6</think> \\boxed{6}", "So: <think>2 * 3 = 6</think> \\boxed{6}", "\\boxed{6}"]
     assert think_format_reward([[{"role": "assistant", "content": reply}] for reply in replies]) == [1, 0, 0]
-
-
-def test_images_become_rgb_and_transparency_becomes_paper():
-    drawing = Image.new("RGBA", (2, 1), (0, 0, 0, 0))  # black and transparent, as many drawings are stored
-    drawing.putpixel((0, 0), (0, 0, 0, 255))
-    image = open_image(drawing)
-    assert image.mode == "RGB" and [image.getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 0), (255, 255, 255)]
-    assert open_image(Image.new("L", (2, 1), 7)).getpixel((1, 0)) == (7, 7, 7)
 
 
 def test_sources_that_know_no_image_type(geometry, tmp_path):

@@ -39,6 +39,9 @@ class ExtendedGRPOConfig(VLLMConfig):
         max_skipped_steps (`int`, *optional*, defaults to `5`):
             Steps in a row whose loss or gradient is not finite, after which the run ends with a checkpoint. Such a step
             changes no weight.
+        fetch_image_urls (`bool`, *optional*, defaults to `False`):
+            Whether images that the data give as http(s) URLs are fetched, by every rank in every step that has them, for
+            30 seconds and 32 MiB at most. By default they are refused.
     """
 
     _less_is_better: ClassVar[tuple[str, ...]] = LESS_IS_BETTER
@@ -83,6 +86,13 @@ class ExtendedGRPOConfig(VLLMConfig):
         metadata={
             "help": "Steps in a row whose loss or gradient is not finite, after which the run ends with a checkpoint. Such a "
             "step changes no weight."
+        },
+    )
+    fetch_image_urls: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether images that the data give as http(s) URLs are fetched, by every rank in every step that has "
+            "them, for 30 seconds and 32 MiB at most. By default they are refused."
         },
     )
 

@@ -1,7 +1,9 @@
 """`GRPOTrainer` with everything that this folder adds to it."""
 
 import inspect
+from contextlib import contextmanager
 
+from accelerate.utils import gather_object
 from datasets import IterableDataset
 from trl import GRPOTrainer
 
@@ -12,6 +14,7 @@ from .evaluation_logs import EvaluationLogsMixin, check_best_metric
 from .finite_steps import FiniteStepsMixin
 from .learned_prompts import check_learned_prompts
 from .real_tokens import RealTokensMixin
+from .row_checks import RowsSeen, check_length, open_rows, positions_of
 from .sampling import SamplingMixin
 from .step_progress import StepProgressMixin
 from .vllm import VLLMMixin
@@ -38,17 +41,22 @@ class ExtendedGRPOTrainer(
     def __init__(self, *args, **kwargs):
         named = inspect.signature(GRPOTrainer.__init__).bind_partial(self, *args, **kwargs).arguments
         check_learned_prompts(named.get("args"), named.get("model"), named.get("peft_config"))
+        brings_columns = any(named.get(name) is not None for name in ("environment_factory", "rollout_func"))
+        seen = RowsSeen()
         if named.get("args") is not None:
-            check_datasets(
-                named["args"],
-                named.get("train_dataset"),
-                named.get("eval_dataset"),
-                named.get("reward_funcs"),
-                brings_columns=any(named.get(name) is not None for name in ("environment_factory", "rollout_func")),
-            )
+            datasets = [named.get(name) for name in ("train_dataset", "eval_dataset")]
+            seen = check_datasets(named["args"], *datasets, named.get("reward_funcs"), brings_columns)
             check_best_metric(named["args"], named.get("eval_dataset"))
         super().__init__(*args, **kwargs)
         check_images_are_read(self)
+        seen.check_against(self.processing_class, self.chat_template)
+        self._positions = positions_of(self.model.config)
+        for num_bytes, where, prompt in seen.longest:
+            # A token has at least a byte, and few templates are longer than the prompts that get near the limit.
+            if self._positions is not None and 2 * num_bytes > self._positions:
+                (prompt_ids, *_), *_ = self._tokenize_prompts([prompt])
+                check_length(where, len(prompt_ids), self._positions)
+        self._has_whole_prompts = not brings_columns
         self._trains_on_images = None
 
     def train(self, *args, **kwargs):
@@ -66,7 +74,32 @@ class ExtendedGRPOTrainer(
         self._trains_on_images = None
 
     def _generate_and_score_completions(self, inputs):
-        has_images = check_images_alike(inputs, self._trains_on_images if self.model.training else None)
+        # In place, so that whoever called this goes on with the same pictures.
+        inputs[:] = self._with_open_pictures(inputs)
+        rollout = super()._generate_and_score_completions(inputs)
+        num_tokens, row = rollout["prompt_mask"].sum(1).max(0)
+        with raised_on_all_ranks():
+            check_length(f"A row ({str(inputs[row]['prompt'])[:200]!r})", int(num_tokens), self._positions)
+        return rollout
+
+    def _with_open_pictures(self, rows):
+        with raised_on_all_ranks():
+            rows, seen = open_rows(rows, self.args.fetch_image_urls, self._has_whole_prompts)
+            seen.check_against(self.processing_class, self.chat_template)
+            has_images = check_images_alike(rows, self._trains_on_images if self.model.training else None)
         if self.model.training:
             self._trains_on_images = has_images
-        return super()._generate_and_score_completions(inputs)
+        return rows
+
+
+@contextmanager
+def raised_on_all_ranks():
+    """Have all ranks raise the `ValueError` that one of them raises in here, so that none waits for the others."""
+    error = None
+    try:
+        yield
+    except ValueError as caught:
+        error = caught
+    texts = [text for text in gather_object([error and str(error)]) if text is not None]
+    if texts:
+        raise ValueError(texts[0]) from error

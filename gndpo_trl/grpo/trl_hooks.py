@@ -111,6 +111,7 @@ ATTRIBUTES = (
     "_pending_extra_logs",
     "_pending_metrics",
     "_step",
+    "_tokenize_prompts",
     "_tokenizer",
     "aux_loss_enabled",
     "chat_template",

@@ -13,6 +13,7 @@ from trl import GRPOConfig
 
 from .loss_seam import Surrogate
 from .microbatches import loss_mask
+from .pictures import pictures_of
 from .vllm_engine import (
     ExactVLLMClient,
     ExactVLLMGeneration,
@@ -173,7 +174,7 @@ class VLLMMixin:
             return
         for row, prompt in enumerate(dataset["prompt"]):
             # A token has at least a byte, and few templates are longer than the prompts that get near the limit.
-            if 2 * len(str(prompt).encode()) > max_model_len:
+            if 2 * len(str(prompt).encode()) > max_model_len and pictures_of({"prompt": prompt}) is None:
                 (prompt_ids, *_), *_ = self._tokenize_prompts([prompt])
                 check_prompt_length(f"The prompt of row {row} of the data", len(prompt_ids), max_model_len)
 

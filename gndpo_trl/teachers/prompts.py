@@ -11,7 +11,16 @@ from datasets import Dataset
 from transformers import ProcessorMixin
 from trl import prepare_multimodal_messages
 
-from ..grpo.data_checks import IMAGE_COLUMNS, rows_with_images, rows_with_values
+from ..grpo.data_checks import rows_with_images, rows_with_values
+from ..grpo.pictures import (
+    IMAGE_COLUMNS,
+    parts_of,
+    pictures_in,
+    pictures_in_column,
+    pictures_of,
+    placed,
+    with_parts_alike,
+)
 from ..grpo.trl_hooks import MULTIMODAL_KEYS, pad
 from .compatibility import ProcessingClass
 
@@ -173,17 +182,11 @@ class TeacherPrompts:
         rows = [torch.as_tensor(row) for row in rows]
         return pad(rows, value, padding_side="left", pad_to_multiple_of=self.pad_to_multiple_of)
 
-    def _render(self, prompt: str | list, kwargs: dict[str, Any], images: list | None = None, closed=False) -> str:
+    def _render(self, prompt: str | list, kwargs: dict[str, Any], closed=False) -> str:
         if isinstance(prompt, str):
             return prompt
         if self.is_vlm:
-            try:
-                prompt = prepare_multimodal_messages(prompt, images=images)
-            except ValueError as error:
-                raise ValueError(
-                    f"`teacher_prompt` and its images do not fit: {error} A row without `teacher_images` has the "
-                    f"student's. Prompt: {str(prompt)[:200]!r}."
-                ) from error
+            prompt = prepare_multimodal_messages(prompt)
         return self.processing_class.apply_chat_template(
             prompt, add_generation_prompt=not closed, tokenize=False, **self.template_options, **kwargs
         )
@@ -205,14 +208,14 @@ class TeacherPrompts:
                 f"prompt without: {quote(rows[images.index(None)])}). A forward pass takes images for all of its rows "
                 "or for none: give all of them `teacher_images`, or none."
             )
-        prompts = [row["teacher_prompt"] if has_own else row["prompt"] for row, has_own in zip(rows, own, strict=True)]
+        prompts = [with_images(row) for row in rows]
         if any(isinstance(prompt, str) for prompt in prompts):
             raise ValueError(
                 "A `teacher_prompt` with images is text. Write it as messages, which say where the images are."
             )
         texts = [
-            self._render(prompt, self.teacher_kwargs if has_own else self.student_kwargs, row_images)
-            for prompt, has_own, row_images in zip(prompts, own, images, strict=True)
+            self._render(prompt, self.teacher_kwargs if has_own else self.student_kwargs)
+            for prompt, has_own in zip(prompts, own, strict=True)
         ]
         options = {"add_special_tokens": self._adds_special_tokens(prompts[0], texts[0]), "padding": True}
         options.update(padding_side="left", return_tensors="pt")
@@ -273,12 +276,37 @@ class TeacherPrompts:
 
 
 def images_of(row: dict[str, Any]) -> list | None:
-    """Images that the teacher sees: those of its own, else the student's as TRL finds them; `None` if there are none."""
-    if row.get("teacher_images"):
-        return row["teacher_images"]
-    if "images" in row:
-        return row["images"] or None
-    return [row["image"]] if row.get("image") is not None else None
+    """Images that the teacher sees, in the order of its prompt; `None` if there are none."""
+    prompt, own = row.get("teacher_prompt"), row.get("teacher_images")
+    if prompt is None:
+        return own or pictures_of(row)
+    return pictures_in(with_images(row)) or None if isinstance(prompt, list) else own or pictures_of(row)
+
+
+def with_images(row: dict[str, Any]) -> str | list:
+    """
+    The prompt that the teacher reads, with its images in the messages: those of the column `teacher_images`, or without
+    any the student's, stand where it has placeholders, or before the first words where it has no images of its own.
+
+    Raises:
+        `ValueError`: if its placeholders and the images do not fit.
+    """
+    prompt = row.get("teacher_prompt")
+    if prompt is None:
+        return placed(row["prompt"], pictures_in_column(row)) if isinstance(row["prompt"], list) else row["prompt"]
+    if isinstance(prompt, str):
+        return prompt
+    images, messages = row.get("teacher_images"), with_parts_alike(prompt)
+    parts = [part for part in parts_of(messages) if part.get("type") == "image"]
+    if not images and not (parts and all("image" in part for part in parts)):
+        images = pictures_of(row)
+    try:
+        return placed(messages, images)
+    except ValueError as error:
+        raise ValueError(
+            f"`teacher_prompt` and its images do not fit: {error} A row without `teacher_images` has the student's. "
+            f"Prompt: {str(prompt)[:200]!r}."
+        ) from error
 
 
 def quote(row: dict[str, Any]) -> str:
