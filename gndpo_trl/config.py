@@ -53,13 +53,18 @@ class GNDPOConfig(ExtendedGRPOConfig):
             Revision of the teacher on the Hub: a branch, a tag or a commit. Also used for its processing class.
         teacher_model_init_kwargs (`str` or `dict[str, Any]`, *optional*):
             Keyword arguments for `from_pretrained` when the teacher is loaded from a path or a model id. If `dtype` is
-            not among them, the teacher keeps the dtype of its checkpoint.
+            not among them, the teacher keeps the dtype of its checkpoint. `trust_remote_code` counts for the teacher only
+            here; the field of that name is the student's.
         teacher_offload (`bool`, *optional*, defaults to `False`):
             Whether to keep the teacher's weights in CPU memory (pinned, on CUDA), and on the device only while it
             scores. Not for ZeRO-3 and FSDP, which have an offloading of their own, nor for quantized teachers.
         teacher_server_url (`str` or `list[str]`, *optional*):
             Base URL of a `vllm serve` that runs the teacher, as `http://host:8000`, or of several that run the same one
-            and share the work. No weights of it are loaded then.
+            and share the work. No weights of it are loaded then. A key is read from the environment variable
+            `VLLM_API_KEY`.
+        teacher_server_model (`str`, *optional*):
+            Name of the teacher on servers that serve several models, as a base and adapters on it. If `None`, they have
+            to serve a single one.
         teacher_server_timeout (`float`, *optional*, defaults to `600.0`):
             Seconds after which a request to the teacher's servers has failed, tries included. The run then ends with a
             checkpoint.
@@ -251,7 +256,8 @@ class GNDPOConfig(ExtendedGRPOConfig):
         default=None,
         metadata={
             "help": "Keyword arguments for `from_pretrained` when the teacher is loaded from a path or a model id. If "
-            "`dtype` is not among them, the teacher keeps the dtype of its checkpoint."
+            "`dtype` is not among them, the teacher keeps the dtype of its checkpoint. `trust_remote_code` counts for "
+            "the teacher only here; the field of that name is the student's."
         },
     )
 
@@ -267,7 +273,15 @@ class GNDPOConfig(ExtendedGRPOConfig):
         default=None,
         metadata={
             "help": "Base URL of a `vllm serve` that runs the teacher, as `http://host:8000`, or of several that run "
-            "the same one and share the work. No weights of it are loaded then."
+            "the same one and share the work. No weights of it are loaded then. A key is read from the environment "
+            "variable `VLLM_API_KEY`."
+        },
+    )
+    teacher_server_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of the teacher on servers that serve several models, as a base and adapters on it. If `None`, "
+            "they have to serve a single one."
         },
     )
     teacher_server_timeout: float = field(

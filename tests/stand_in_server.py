@@ -1,16 +1,20 @@
-"""A small HTTP server that scores text as `vllm serve` does, and can be told to misbehave."""
+"""A small HTTP server that scores text and pictures as `vllm serve` does, and can be told to misbehave."""
 
+import base64
+import io
 import json
 import math
 import socket
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, Qwen3ForCausalLM
+from PIL import Image
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 
 
 Answer = tuple[int, Any]  # status and content
@@ -21,13 +25,16 @@ class StandInServer(ThreadingHTTPServer):
     Runs a model in this process, at `url`, until `stop`.
 
     Args:
-        path (`str`): Checkpoint of a Qwen3.
+        path (`str`): Checkpoint of a Qwen3, or of a Qwen2.5-VL.
         max_model_len (`int`, *optional*, defaults to 256): Most tokens of a row, with the one that is generated.
         port (`int`, *optional*): Port; any that is free without it.
 
     Attributes:
         misbehave (`Callable`): `misbehave(path, body, answer)` returns the answer that is sent; it may also sleep.
         requests (`list`): Path and body of every request.
+        headers (`list`): And its headers.
+        cards (`list`): What it says of the models that it serves.
+        pictures (`list`): The pictures that it was sent.
     """
 
     daemon_threads = True
@@ -35,9 +42,15 @@ class StandInServer(ThreadingHTTPServer):
 
     def __init__(self, path: str, max_model_len: int = 256, port: int = 0):
         self.path, self.max_model_len = path, max_model_len
-        self.model, self.tokenizer = Qwen3ForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        reads_pictures = hasattr(AutoConfig.from_pretrained(path), "vision_config")
+        self.model = (AutoModelForImageTextToText if reads_pictures else AutoModelForCausalLM).from_pretrained(path)
+        self.processor = AutoProcessor.from_pretrained(path)
+        self.tokenizer = getattr(self.processor, "tokenizer", self.processor)
+        self.pictures: list[Image.Image] = []
         self.misbehave: Callable[[str, Any, Answer], Answer] = lambda path, body, answer: answer
         self.requests: list[tuple[str, Any]] = []
+        self.headers: list[Message] = []
+        self.cards = [{"id": "teacher", "root": path, "max_model_len": max_model_len}]
         self.lock = threading.Lock()
         self.connections: list[socket.socket] = []
         super().__init__(("localhost", port), Handler)
@@ -64,26 +77,44 @@ class StandInServer(ThreadingHTTPServer):
 
     def answer(self, path: str, body: Any) -> Answer:
         if path == "/v1/models":
-            return 200, {"data": [{"id": "teacher", "root": self.path, "max_model_len": self.max_model_len}]}
+            return 200, {"data": self.cards}
         if path == "/detokenize":
             return 200, {"prompt": self.tokenizer.decode(body["tokens"])}
+        if path == "/inference/v1/generate" and self.tokenizer is not self.processor:
+            ids, features = self.expand(body)
+            return 200, {"prompt_token_ids": ids, "prompt_logprobs": self.score(ids, 0, **features)}
         if path != "/v1/completions":
             return 404, {"detail": "Not Found"}
         for row in body["prompt"]:
-            if max(row) >= self.model.config.vocab_size:
+            if max(row) >= self.model.config.get_text_config().vocab_size:
                 return 400, {"error": {"message": f"Token id {max(row)} is out of vocabulary"}}
             if len(row) + body["max_tokens"] > self.max_model_len:
                 return 400, {"error": {"message": f"This model's maximum context length is {self.max_model_len}"}}
         return 200, {
-            "choices": [{"prompt_logprobs": self.score(row, body.get("prompt_logprobs"))} for row in body["prompt"]]
+            "choices": [
+                {"prompt_token_ids": row, "prompt_logprobs": self.score(row, body.get("prompt_logprobs"))}
+                for row in body["prompt"]
+            ]
         }
 
+    def expand(self, body: Any) -> tuple[list[int], dict[str, torch.Tensor]]:
+        """The ids with as many placeholders for each picture as it has features, and what the model is given of it."""
+        urls = [part["url"] for part in body["content_parts"]]
+        pictures = [Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) for url in urls]
+        self.pictures += pictures
+        images = self.processor.image_processor
+        features = dict(images(images=pictures, return_tensors="pt"))
+        counts = iter((features["image_grid_thw"].prod(-1) // images.merge_size**2).tolist())
+        placeholder = self.model.config.image_token_id
+        ids = [id for given in body["token_ids"] for id in [given] * (next(counts) if given == placeholder else 1)]
+        return ids, {**features, "mm_token_type_ids": (torch.tensor([ids]) == placeholder).long()}
+
     @torch.no_grad()
-    def score(self, row: list[int], num_others: int | None) -> list[dict | None] | None:
+    def score(self, row: list[int], num_others: int | None, **features: torch.Tensor) -> list[dict | None] | None:
         if num_others is None:
             return None
         with self.lock:
-            log_probs = self.model(torch.tensor([row])).logits[0].log_softmax(-1)
+            log_probs = self.model(input_ids=torch.tensor([row]), **features).logits[0].log_softmax(-1)
         positions: list[dict | None] = [None]
         for place, id in enumerate(row[1:]):
             ids = [id, *log_probs[place].topk(num_others).indices.tolist()]
@@ -102,6 +133,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def reply(self, body):
         self.server.requests.append((self.path, body))
+        self.server.headers.append(self.headers)
         status, content = self.server.misbehave(self.path, body, self.server.answer(self.path, body))
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)

@@ -1,20 +1,27 @@
 """A teacher behind a server, with a small server in its place; `vllm_engine/test_server_teacher.py` has the real one."""
 
+import io
 import math
+import os
+import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
+from datasets import Dataset
 from helpers import make_rollout
+from PIL import Image, ImageDraw
 from stand_in_server import StandInServer, unknown
 from transformers import AutoTokenizer, TrainerCallback
 
 from gndpo_trl.grpo.checkpoints import RunCannotGoOn
 from gndpo_trl.grpo.rollouts import valid_tokens
 from gndpo_trl.teachers import LocalTeacher, ServerTeacher
-from gndpo_trl.teachers.server import Picture, Question, split
+from gndpo_trl.teachers.served.questions import Picture, Question, split
+from gndpo_trl.teachers.served.servers import ServerError
 
 
 NOBODY = "http://localhost:9"  # the port of the discard service, which nobody runs
@@ -112,6 +119,99 @@ def test_a_row_is_asked_for_once_and_truncated_ones_never(make_served, serve):
     mask = doubled["completion_mask"].bool()
     assert len(server.rows) == len(set(server.rows)) <= 7
     assert torch.equal(logps[:8][mask[:8]], logps[8:][mask[8:]]) and logps[mask].isfinite().all()
+
+
+def transparent() -> Image.Image:
+    """Black lines on nothing."""
+    image = Image.new("RGBA", (40, 24), (0, 0, 0, 0))
+    ImageDraw.Draw(image).line([(2, 2), (30, 20)], fill=(0, 0, 0, 255), width=3)
+    return image
+
+
+def turned() -> bytes:
+    """A file of a camera that was held sideways."""
+    file, exif = io.BytesIO(), Image.Exif()
+    exif[Image.ExifTags.Base.Orientation] = 6
+    tiny_models.draw_image(2).save(file, "JPEG", exif=exif)
+    return file.getvalue()
+
+
+def test_pictures_reach_the_server_as_the_student_sees_them(make_trainer, serve, checkpoints, tmp_path):
+    """In messages and columns, as paths, bytes and images, for the student's prompt and for the teacher's own."""
+    server = serve(checkpoints["qwen25vl-teacher"], max_model_len=4096)
+    words = {"type": "text", "text": "what is the sum ?"}
+    path = str(tmp_path / "picture.png")
+    tiny_models.draw_image(1).save(path)
+    by_path = [{"role": "user", "content": [{"type": "image", "image": path}, words]}]
+    own_prompt = [{"role": "user", "content": [{"type": "image", "path": path}, words, words]}]
+    of_column = [{"role": "user", "content": [words, {"type": "image"}]}]
+    rows = {
+        "messages": {"prompt": by_path},
+        "column": {"prompt": of_column, "images": [transparent()]},
+        "turned": {"prompt": of_column, "images": [{"bytes": turned(), "path": None}]},
+        "own prompt": {"prompt": of_column, "images": [tiny_models.draw_image(0)], "teacher_prompt": own_prompt},
+        "own images": {
+            "prompt": of_column,
+            "images": [tiny_models.draw_image(0)],
+            "teacher_prompt": of_column,
+            "teacher_images": [transparent()],
+        },
+    }
+    expected = [path, transparent(), turned(), path, transparent()]
+    trainer = make_trainer("qwen25vl", teacher_server_url=[server.url], teacher_server_timeout=20.0)
+    questions = [
+        trainer.teacher._question(
+            {
+                "prompt_ids": torch.tensor([[11, 12]]),
+                "prompt_mask": torch.ones(1, 2),
+                "completion_ids": torch.tensor([[13]]),
+                "completion_mask": torch.ones(1, 1),
+                "rows": [row],
+            },
+            0,
+        )
+        for row in rows.values()
+    ]
+    for name, question, picture in zip(rows, questions, expected, strict=True):
+        assert question.pictures == (Picture.of(picture),), name
+        with pytest.raises(ServerError, match="placeholders for 0 alone"):  # a prompt without a place for it
+            trainer.teacher.model.request([question])
+    assert Picture.of(turned()).size[0] < Picture.of(turned()).size[1]  # upright
+    assert Picture.of(transparent()).pixels[-3:] == b"\xff\xff\xff"
+
+
+def test_a_run_on_pictures_in_messages_is_that_with_the_same_teacher_here(make_trainer, serve, checkpoints, tmp_path):
+    server = serve(checkpoints["qwen25vl-teacher"], max_model_len=4096)
+    rows = []
+    for number in range(4):
+        tiny_models.draw_image(number).save(tmp_path / f"{number}.png")
+        parts = [{"type": "image", "image": str(tmp_path / f"{number}.png")}, {"type": "text", "text": "what is it ?"}]
+        rows.append({"prompt": [{"role": "user", "content": parts}]})
+    data = {"trainer_options": {"train_dataset": Dataset.from_list(rows)}}
+    trainer = make_trainer("qwen25vl", teacher_server_url=[server.url], teacher_server_timeout=20.0, **data)
+    local = make_trainer("qwen25vl", **data)
+    server.requests.clear()
+    rollout = {**make_rollout(trainer), "rows": rows_of(trainer)}
+    assert {path for path, _ in server.requests} == {"/inference/v1/generate"}
+    mask = valid_tokens(rollout)
+    found, expected = (one.teacher.per_token_logps(rollout) for one in (trainer, local))
+    assert mask.any() and not found[mask].isnan().any()
+    torch.testing.assert_close(found[mask], expected[mask], rtol=0, atol=1e-4)
+    # Without its pictures, such a prompt is not asked about at all.
+    with pytest.raises(RunCannotGoOn, match="has 0 pictures for the teacher, and placeholders for others"):
+        trainer.teacher.per_token_logps({**rollout, "rows": [{"prompt": "text"}] * 8})
+
+
+def test_a_placeholder_that_the_student_samples_is_unknown_to_the_teacher(make_trainer, serve, checkpoints):
+    """With what follows: a server would look for a picture, or read it as text."""
+    server = serve(checkpoints["qwen25vl-teacher"], max_model_len=4096)
+    trainer = make_trainer("qwen25vl", teacher_server_url=[server.url], teacher_server_timeout=20.0)
+    rollout = {**make_rollout(trainer), "rows": rows_of(trainer)}
+    rollout["completion_ids"][0, 2] = trainer.model.config.image_token_id
+    rollout["completion_mask"][0] = 1
+    trainer.teacher.max_unknown = 1.0
+    logps = trainer.teacher.per_token_logps(rollout)
+    assert logps[0, :2].isfinite().all() and logps[0, 2:].isnan().all()
 
 
 def test_requests_are_bounded():
@@ -282,23 +382,52 @@ def test_a_server_that_hangs_ends_the_run(make_served, serve):
     server, end = serve(), threading.Event()
     trainer = make_served(server.url, teacher_server_timeout=1.0)
     server.misbehave = lambda path, body, answer: (end.wait(20), answer)[1]
-    with pytest.raises(RunCannotGoOn, match="(?s)has not answered for 1 seconds.*Read timed out"):
+    with pytest.raises(RunCannotGoOn, match="has not answered for 1 seconds.*its answer has not come to an end"):
         trainer.train()
     end.set()
 
 
-def test_a_server_that_reads_another_prompt_ends_the_run(make_served, serve):
+def shift(path, body, answer):
+    for choice in answer[1]["choices"]:
+        choice["prompt_logprobs"] = [None, *choice["prompt_logprobs"][:-1]]
+    return answer
+
+
+def read_another(path, body, answer):
+    for choice in answer[1]["choices"]:
+        choice["prompt_token_ids"] = [*choice["prompt_token_ids"][:-1], 1]
+    return answer
+
+
+@pytest.mark.parametrize("misbehave", [shift, read_another])
+def test_a_server_that_reads_another_prompt_ends_the_run(make_served, serve, misbehave):
     server = serve()
     trainer = make_served(server.url)
-
-    def shift(path, body, answer):
-        for choice in answer[1]["choices"]:
-            choice["prompt_logprobs"] = [None, *choice["prompt_logprobs"][:-1]]
-        return answer
-
-    server.misbehave = shift
+    server.misbehave = misbehave
     with pytest.raises(RunCannotGoOn, match="reads something else than it was sent"):
         trainer.train()
+
+
+def test_an_interrupt_ends_a_run_whose_server_hangs(make_served, serve):
+    server, asked, end = serve(), threading.Event(), threading.Event()
+    trainer = make_served(server.url)
+
+    def hang(path, body, answer):
+        asked.set()
+        end.wait(20)
+        return answer
+
+    def interrupt():
+        asked.wait(20)
+        interrupted.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    server.misbehave, interrupted = hang, []
+    threading.Thread(target=interrupt, daemon=True).start()
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert time.monotonic() - interrupted[0] < 5  # of a timeout of 20 seconds
+    end.set()
 
 
 def test_a_row_that_is_longer_than_the_server_takes_ends_the_run(make_served, serve):
@@ -312,7 +441,7 @@ def test_a_row_that_is_longer_than_the_server_takes_ends_the_run(make_served, se
 
 
 def test_nobody_at_the_url(make_served):
-    with pytest.raises(ValueError, match=rf"{NOBODY} has not answered for 0.5 seconds.*Connection refused"):
+    with pytest.raises(ValueError, match=rf"{NOBODY} has not answered for 0.5 seconds.*connection attempts failed"):
         make_served(NOBODY, teacher_server_timeout=0.5)
 
 
@@ -331,9 +460,11 @@ def test_a_key(make_served, serve, monkeypatch):
     server.misbehave = lambda path, body, answer: (401, {"error": "Unauthorized"})
     with pytest.raises(ValueError, match="status 401.*`VLLM_API_KEY`"):
         make_served(server.url)
-    monkeypatch.setenv("VLLM_API_KEY", "secret")
-    teacher = ServerTeacher(server.url)
-    assert teacher.servers.session.headers["Authorization"] == "Bearer secret"
+    server.misbehave = lambda path, body, answer: answer
+    server.headers.clear()
+    monkeypatch.setenv("VLLM_API_KEY", "secret\n")  # as `$(cat key)` does not, and a file of variables does
+    make_served(server.url)
+    assert {headers["Authorization"] for headers in server.headers} == {"Bearer secret"}
 
 
 def test_other_tokens_are_named(make_served, serve, tmp_path):
@@ -391,6 +522,82 @@ def test_servers_of_different_models(make_served, serve, checkpoints):
     other.misbehave = lambda path, body, answer: (200, {"data": [{"id": "another"}]})
     with pytest.raises(ValueError, match=rf"{server.url} runs 'teacher' and {other.url} runs 'another'"):
         make_served(server.url, other.url)
+
+
+def test_one_of_several_models_is_chosen_by_name(make_served, serve, checkpoints):
+    server = serve()
+    base = {"id": "base", "root": "somewhere/base", "max_model_len": 256}
+    adapter = {"id": "teacher", "root": "somewhere/adapter", "parent": "base", "max_model_len": None}
+    server.cards = [base, adapter]
+    with pytest.raises(ValueError, match=r"serves several models: 'base', 'teacher' \(an adapter on 'base'\)\. Name"):
+        make_served(server.url)
+    with pytest.raises(
+        ValueError, match="`teacher_server_model` is 'techer', but the vLLM server at .* serves 'base'"
+    ):
+        make_served(server.url, teacher_server_model="techer")
+    server.requests.clear()
+    teacher = make_served(server.url, teacher_server_model="teacher").teacher
+    assert {body["model"] for _, body in server.requests if body is not None} == {"teacher"}
+    assert teacher.model.max_model_len == 256  # that of its base
+    # Two names of one model are no question.
+    server.cards = [base, {**base, "id": "also"}]
+    assert make_served(server.url).teacher.model.name == "base"
+    server.cards = []
+    with pytest.raises(ValueError, match="does not answer as vLLM does"):
+        make_served(server.url)
+
+
+def test_a_name_without_a_server(make_trainer, checkpoints):
+    with pytest.raises(ValueError, match="`teacher_server_model` is 'teacher', but `teacher_server_url` is not set"):
+        make_trainer(teacher_server_model="teacher", teacher_model=checkpoints["qwen3-teacher"])
+
+
+@pytest.fixture
+def with_code(tmp_path) -> tuple[Path, Path]:
+    """Folder of a model that comes with code, and the file that this writes when it runs."""
+    folder, proof = tmp_path / "with_code", tmp_path / "ran"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"model_type": "own", "auto_map": {"AutoConfig": "own.OwnConfig"}}')
+    (folder / "own.py").write_text(
+        f"open({str(proof)!r}, 'w').close()\nfrom transformers import PretrainedConfig\n"
+        "class OwnConfig(PretrainedConfig):\n    model_type = 'own'\n"
+    )
+    return folder, proof
+
+
+def test_what_a_server_says_of_itself_is_never_loaded(make_served, serve, with_code):
+    folder, proof = with_code
+    server = serve()
+    server.cards = [{"id": str(folder), "root": str(folder), "max_model_len": 256}]
+    make_served(server.url, trust_remote_code=True)
+    assert not proof.exists()
+
+
+def test_student_and_teacher_are_trusted_apart(make_trainer, serve, with_code):
+    folder, proof = with_code
+    for served in ({}, {"teacher_server_url": [serve().url]}):
+        options = {"teacher_model_name_or_path": str(folder), **served}
+        with pytest.raises(ValueError, match="contains custom code"):
+            make_trainer(trust_remote_code=True, **options)
+        assert not proof.exists()
+    with pytest.raises(ValueError):  # for want of a tokenizer
+        make_trainer(teacher_model_init_kwargs={"trust_remote_code": True}, **options)
+    assert proof.exists()
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8000/", "http://0.0.0.0:8000"])
+@pytest.mark.parametrize("kind", ["field", "object", "one of several"])
+def test_the_sampling_server_is_not_the_teacher(make_trainer, url, kind):
+    """The sampler's default place is `http://0.0.0.0:8000`."""
+    options = {"use_vllm": True, "vllm_mode": "server"}
+    if kind == "field":
+        options["teacher_server_url"] = [NOBODY, url]
+    else:
+        options["teacher_model"] = ServerTeacher([NOBODY, url])
+    if kind == "one of several":
+        options["teacher_model"] = {"served": options["teacher_model"]}
+    with pytest.raises(ValueError, match=f"has '{url.rstrip('/')}', where the student is sampled from"):
+        make_trainer(**options)
 
 
 def test_logits_in_place_of_log_probs(make_served, serve):

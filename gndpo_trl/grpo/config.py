@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from .config_checks import count_problems, raise_problems, type_problems
+from .credentials import credential_problems
 from .evaluation_logs import GREATER_IS_BETTER, LESS_IS_BETTER, best_model_problems, is_greater_better
 from .launch import check_ddp_backend, check_launch
 from .vllm import VLLMConfig
@@ -126,5 +127,5 @@ class ExtendedGRPOConfig(VLLMConfig):
             )
 
     def _late_problems(self) -> Iterator[str]:
-        """What is wrong once TRL has worked out how large a generation batch is."""
-        yield from ()
+        """What is wrong once TRL has read the arguments that are given as JSON, and worked out a generation batch."""
+        yield from credential_problems(self)

@@ -4,7 +4,7 @@ from .local import LocalTeacher
 from .prompt_fn import Completion, TeacherPromptFn
 from .routed import RoutedTeacher
 from .self_teacher import InitialStudent, SelfTeacher
-from .server import ServerTeacher
+from .served.teacher import ServerTeacher
 from .teacher import Teacher
 
 

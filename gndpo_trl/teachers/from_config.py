@@ -12,7 +12,8 @@ from ..config import GNDPOConfig
 from .local import LocalTeacher
 from .routed import RoutedTeacher
 from .self_teacher import InitialStudent, SelfTeacher
-from .server import ServerTeacher
+from .served.teacher import ServerTeacher
+from .served.urls import are_one_server
 from .teacher import Teacher
 
 
@@ -59,6 +60,11 @@ def get_teacher(
         )
     if args.teacher_server_url is not None:
         return get_server_teacher(teacher_processing_class, args)
+    if args.teacher_server_model is not None:
+        raise ValueError(
+            f"`teacher_server_model` is {args.teacher_server_model!r}, but `teacher_server_url` is not set, so there is no "
+            "server that it could be named to. Set the URL, or unset the name; a `ServerTeacher` takes it as `served_model`."
+        )
     options = {
         "teacher_processing_class": teacher_processing_class,
         "teacher_model_revision": args.teacher_model_revision,
@@ -93,6 +99,8 @@ def make_teacher(
     args: GNDPOConfig,
     student: Student,
 ) -> Teacher:
+    if isinstance(teacher, ServerTeacher):
+        check_not_sampled_from(teacher, args)
     if isinstance(teacher, Teacher):
         return teacher
     if is_self(teacher):
@@ -102,7 +110,6 @@ def make_teacher(
         processing_class,
         revision=args.teacher_model_revision,
         init_kwargs=args.teacher_model_init_kwargs,
-        trust_remote_code=args.trust_remote_code,
         offload=args.teacher_offload,
         cast_lm_head_to_fp32=args.cast_lm_head_to_fp32,
     )
@@ -110,9 +117,11 @@ def make_teacher(
 
 def get_server_teacher(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None, args: GNDPOConfig
-) -> Teacher:
-    for name in ("teacher_model_init_kwargs", "teacher_offload"):
-        if getattr(args, name):
+) -> ServerTeacher:
+    init_kwargs = dict(args.teacher_model_init_kwargs or {})
+    trust_remote_code = init_kwargs.pop("trust_remote_code", False)  # of the tokenizer, which is loaded here
+    for name, value in {"teacher_model_init_kwargs": init_kwargs, "teacher_offload": args.teacher_offload}.items():
+        if value:
             raise ValueError(
                 f"`{name}` is set, but the teacher runs behind `teacher_server_url`, which decides that itself. Unset it."
             )
@@ -120,22 +129,32 @@ def get_server_teacher(
         raise ValueError(
             '`teacher_model_name_or_path` is "self", but the teacher runs behind `teacher_server_url`. Keep one of them.'
         )
-    sampler = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
     teacher = ServerTeacher(
         args.teacher_server_url,
         processing_class,
+        served_model=args.teacher_server_model,
         model=args.teacher_model_name_or_path,
         revision=args.teacher_model_revision,
-        trust_remote_code=args.trust_remote_code,
+        trust_remote_code=trust_remote_code,
         max_completion_length=args.max_completion_length,
         timeout=args.teacher_server_timeout,
     )
-    if args.use_vllm and args.vllm_mode == "server" and sampler.rstrip("/") in teacher.urls:
-        raise ValueError(
-            f"`teacher_server_url` has {sampler!r}, where the student is sampled from: it gets the student's weights, so "
-            "the student would be its own teacher. Serve the teacher at another URL."
-        )
+    check_not_sampled_from(teacher, args)
     return teacher
+
+
+def check_not_sampled_from(teacher: ServerTeacher, args: GNDPOConfig) -> None:
+    """Raise `ValueError` if a server of the teacher is the one that gets the student's weights."""
+    if not args.use_vllm or args.vllm_mode != "server":
+        return
+    sampler = args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
+    for url in teacher.urls:
+        if are_one_server(url, sampler):
+            raise ValueError(
+                f"`teacher_server_url` has {url!r}, where the student is sampled from (`vllm_server_base_url`, or host and "
+                f"port: {sampler!r}): it gets the student's weights, so the student would be its own teacher. Serve the "
+                "teacher at another URL: another machine, port or path."
+            )
 
 
 def get_self_teacher(

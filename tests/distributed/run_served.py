@@ -20,12 +20,12 @@ def train_served(spec: dict) -> dict:
         callbacks=[SayStep()],
     )
     asked = []
-    score = trainer.teacher._score_text
+    request = trainer.teacher.model.request
 
-    def watch(servers, questions, first=0):
+    def watch(questions):
         asked.extend(list(question.ids) for question in questions)
-        return score(servers, questions, first)
+        return request(questions)
 
-    trainer.teacher._score_text = watch
+    trainer.teacher.model.request = watch
     trainer.train()
     return {"asked": asked, "log_history": trainer.state.log_history}

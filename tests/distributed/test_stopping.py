@@ -51,8 +51,27 @@ def test_a_rank_that_fails_brings_the_job_down_with_its_message(launch, accelera
     assert time.monotonic() - start < 60 + 30  # a minute after a start of less than 30 seconds
 
 
-@pytest.mark.parametrize("accelerate_config", ["ddp", "zero2"])
-def test_a_teacher_that_is_gone_ends_all_ranks_with_a_checkpoint(launch, accelerate_config, checkpoints):
+def mislead_once(server: StandInServer) -> None:
+    """Answer a single request, of one of the ranks, in a form that no server has."""
+    asked = []
+
+    def mislead(path, body, answer):
+        asked.append(path)
+        return (200, {"choices": [None]}) if len(asked) == 1 else answer
+
+    server.misbehave = mislead
+
+
+@pytest.mark.parametrize(
+    "accelerate_config, end, message",
+    [
+        ("ddp", StandInServer.stop, "has not answered for 1 seconds"),
+        ("zero2", mislead_once, "answers in another form"),
+    ],
+)
+def test_a_teacher_that_does_not_answer_ends_all_ranks_with_a_checkpoint(
+    launch, accelerate_config, checkpoints, end, message
+):
     server = StandInServer(checkpoints["qwen3-teacher"])
     served = {"teacher_server_url": [server.url], "teacher_server_timeout": 1.0}
     job = launch.begin(accelerate_config, config={**ADAMW, "max_steps": 100_000, **served}, task="served")
@@ -60,13 +79,16 @@ def test_a_teacher_that_is_gone_ends_all_ranks_with_a_checkpoint(launch, acceler
     while "step 2 is done" not in job.output:
         assert job.process.poll() is None and time.monotonic() < deadline, job.output
         time.sleep(0.1)
-    server.stop()
+    end(server)
     assert job.process.wait(timeout=60) != 0
+    if end is mislead_once:
+        server.stop()
     (checkpoint,) = (job.folder / "out").glob("checkpoint-*")
     assert len(list(checkpoint.glob("rng_state_*.pth"))) == 2
     step = json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]
     assert step >= 2 and job.output.count(f"step {step} is done") == 2
     assert job.output.count(f"The run ended after step {step}, which is saved") >= 2 and server.url in job.output
+    assert message in job.output
 
 
 @pytest.mark.parametrize("accelerate_config", ["ddp", "zero2", "zero3"])

@@ -13,6 +13,7 @@ import requests
 import torch
 from fastapi.responses import JSONResponse
 from helpers import make_rollout
+from PIL import Image
 from transformers import TrainerCallback
 from vllm.entrypoints.generate.base.serving import clamp_prompt_logprobs
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
@@ -23,8 +24,8 @@ from gndpo_trl.grpo.checkpoints import RunCannotGoOn
 from gndpo_trl.grpo.rollouts import valid_tokens
 from gndpo_trl.teachers import LocalTeacher, ServerTeacher
 from gndpo_trl.teachers.compatibility import describe
-from gndpo_trl.teachers.server import MINUS_INFINITY
-from gndpo_trl.teachers.vllm_servers import NAN_IN_ANSWER, VLLMServers
+from gndpo_trl.teachers.served.questions import MINUS_INFINITY, Picture, Question, ServedModel, data_url
+from gndpo_trl.teachers.served.servers import NAN_IN_ANSWER, VLLMServers
 
 
 FOLDER = Path(__file__).parent
@@ -73,31 +74,40 @@ def test_it_scores_as_the_same_teacher_here(make, teacher_urls, checkpoints, fam
     assert [entry.get("teacher/unknown_tokens", 0) for entry in trainer.state.log_history] == [0, 0, 0]
 
 
-class ExpandsTwice(ServerTeacher):
+right_request = ServedModel.request
+
+
+def expands_twice(model: ServedModel, questions: list[Question]):
     """Sends image tokens that are expanded already, with the images: the server expands the first of them again."""
+    path, body = right_request(model, questions)
+    return path, {**body, "token_ids": questions[0].ids} if questions[0].pictures else body
 
-    def _with_placeholders(self, question):
-        return list(question.ids)
 
-
-class SendsNoImages(ServerTeacher):
-    """Sends the image tokens and no images, which the server takes for text."""
-
-    def _ask_about_images(self, servers, question, first=0):
-        body = {**self._options(), "prompt": [question.ids], "return_token_ids": True}
-        return servers.ask("/v1/completions", body, first)["choices"][0]
+def sends_one_image(model: ServedModel, questions: list[Question]):
+    """Sends the same image whatever it was asked about, as a server that does not look at images would answer."""
+    path, body = right_request(model, questions)
+    if questions[0].pictures:
+        white = Picture.of(Image.new("RGB", questions[0].pictures[0].size, "white"))
+        body["content_parts"] = [{"type": "image_url", "url": data_url(white)}]
+    return path, body
 
 
 @pytest.mark.parametrize(
     "wrong, message",
-    [(ExpandsTwice, r"reads \d+ tokens of text and images where the student has \d+"), (SendsNoImages, "not look at")],
+    [
+        (expands_twice, r"reads \d+ tokens of text and images where the student has \d+"),
+        (sends_one_image, "not look at"),
+    ],
 )
 @pytest.mark.parametrize("family", ["qwen25vl", "internvl"])
-def test_calls_that_get_wrong_numbers_are_found_at_the_start(teacher_urls, checkpoints, family, wrong, message):
+def test_calls_that_get_wrong_numbers_are_found_at_the_start(
+    teacher_urls, checkpoints, family, wrong, message, monkeypatch
+):
     student = describe("model", checkpoints[f"{family}-teacher"])
     ServerTeacher(teacher_urls[family]).check(student)
+    monkeypatch.setattr(ServedModel, "request", wrong)
     with pytest.raises(ValueError, match=message):
-        wrong(teacher_urls[family]).check(student)
+        ServerTeacher(teacher_urls[family]).check(student)
 
 
 def test_how_vllm_writes_what_json_cannot():

@@ -1,0 +1,199 @@
+"""A teacher that vLLM servers run: what they are asked during a run, and when."""
+
+import math
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from transformers import PreTrainedModel
+
+from ...grpo.checkpoints import RunCannotGoOn
+from ..compatibility import ModelDescription, ProcessingClass
+from ..prompts import images_of
+from ..teacher import Score, Teacher
+from .checks import Wanted, check_servers
+from .questions import Answers, Picture, Question, split
+from .servers import ServerError, VLLMServers, begin
+from .urls import check_urls
+
+
+# Requests of a rank to a server at a time. It has to have the next one when it is done with one, and no more.
+IN_FLIGHT = 4
+
+
+@dataclass
+class Asked:
+    """A batch that is being scored: a question for each row, and the requests that they went into."""
+
+    completion_ids: torch.Tensor
+    questions: list[Question]
+    requests: list[Future[Answers]]
+    problem: str | None  # why it cannot be scored
+
+    def give_up(self) -> None:
+        for request in self.requests:
+            request.cancel()
+
+
+class ServerTeacher(Teacher):
+    """
+    A model behind an ordinary `vllm serve`, on this machine or others, that scores at temperature 1.
+
+    The server gets the token ids of prompt and completion and answers with their log-probs, while the student is scored
+    here. Images go as the pictures they are, with one placeholder each, and the server has to report that it read
+    exactly the student's ids. Every rank asks for its own rows, and for equal rows once. Answers that are missing, NaN
+    or minus infinity are NaN here, see [`Teacher`]; so is what follows a placeholder of an image that the student sampled.
+
+    Args:
+        urls (`str` or `Sequence[str]`):
+            Base URLs of one or several servers of the same model, as `http://host:8000`. Requests are spread over them,
+            and what one does not answer, another does. A key is read from the environment variable `VLLM_API_KEY`.
+        processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
+            Tokenizer or processor of the teacher, used to check that token ids mean the same to both models. If `None`,
+            the server is asked what each of the student's ids means.
+        served_model (`str`, *optional*):
+            Name of the teacher on servers that serve several models, as a base and adapters on it.
+        model (`str`, *optional*):
+            Path or id of the teacher on this machine, to load its processing class from. No weights are loaded.
+        revision (`str`, *optional*):
+            Revision of it on the Hub.
+        trust_remote_code (`bool`, *optional*, defaults to `False`):
+            Whether to run code that comes with `model`. What a server names is never loaded.
+        max_completion_length (`int`, *optional*):
+            Longest completion to score. A server whose context is no longer is refused at the start.
+        timeout (`float`, *optional*, defaults to 600.0):
+            Seconds after which a request has failed, tries included.
+        request_tokens (`int`, *optional*, defaults to 16384):
+            Most tokens in a request, unless it is a single longer row. Rows with images go one by one.
+        max_unknown (`float`, *optional*, defaults to 0.01):
+            Largest fraction of a batch's tokens that the server may have no log-prob for.
+
+    Raises:
+        `ValueError`: at construction or in `check`, if a URL is none, if there is no server, or if it cannot score what
+            the student samples.
+        [`~grpo.checkpoints.RunCannotGoOn`]: during a run, on all ranks, if no server answers, if one refuses a request,
+            or if too many log-probs are unknown.
+    """
+
+    def __init__(
+        self,
+        urls: str | Sequence[str],
+        processing_class: ProcessingClass | None = None,
+        *,
+        served_model: str | None = None,
+        model: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        max_completion_length: int | None = None,
+        timeout: float = 600.0,
+        request_tokens: int = 16384,
+        max_unknown: float = 0.01,
+    ):
+        self.urls = [url.rstrip("/") for url in ([urls] if isinstance(urls, str) else urls)]
+        check_urls(self.urls)
+        load_options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self.wanted = Wanted(served_model, model, processing_class, load_options, max_completion_length)
+        self.request_tokens, self.max_unknown = request_tokens, max_unknown
+        self.servers = VLLMServers(self.urls, timeout, IN_FLIGHT)
+        self.asked: Asked | None = None
+
+    def check(self, student: ModelDescription) -> None:
+        """
+        Ask every server what it runs, and for the log-probs of a probe, with images if the student reads images.
+
+        Raises:
+            `ValueError`: on all ranks, if a server cannot be reached by one of them, or cannot score what the student
+                samples, or if it answers with wrong numbers.
+        """
+        if student.processing_class is None:
+            return  # TRL refuses the student
+        problem = None
+        try:
+            self.model = check_servers(self.servers, self.wanted, student)
+            self.vocab_size = self.model.vocab_size
+        except Exception as error:  # the other ranks are to end as well
+            problem = error
+        problems = [text for text in gather_object([None if problem is None else str(problem)]) if text is not None]
+        if problem is not None:
+            raise problem
+        if problems:
+            raise ValueError(problems[0])
+
+    def prepare(self, student: PreTrainedModel, accelerator: Accelerator, score: Score) -> None:
+        self.process_index = accelerator.process_index
+
+    def start(self, rollout: dict[str, Any]) -> None:
+        if self.asked is not None:  # of a run that has ended before it was answered
+            self.asked.give_up()
+        questions, requests, problem = [], [], None
+        try:
+            questions = [self._question(rollout, row) for row in range(len(rollout["completion_ids"]))]
+        except ValueError as error:  # pictures that cannot be opened
+            problem = str(error)
+        for question in questions:
+            # One token more is generated.
+            if len(question.ids) >= self.model.max_model_len:
+                problem = (
+                    f"Prompt and completion have {question.start} and {len(question.ids) - question.start} tokens, but "
+                    f"the vLLM server at {self.servers} holds {self.model.max_model_len} with one that it has to "
+                    "generate. Raise its `--max-model-len`, lower `max_completion_length`, or drop longer prompts."
+                )
+        if problem is None:
+            once = dict.fromkeys(question for question in questions if len(question.ids) > question.start)
+            for number, part in enumerate(split(once, self.request_tokens), self.process_index):
+                requests.append(begin(self.model.answers(self.servers, part, number)))
+        self.asked = Asked(rollout["completion_ids"], questions, requests, problem)
+
+    def per_token_logps(self, rollout: dict[str, Any]) -> torch.Tensor:
+        """
+        Log-probs of the sampled tokens, see [`Teacher`]. All ranks call this together.
+
+        Raises:
+            [`~grpo.checkpoints.RunCannotGoOn`]: on all ranks, if one of them has no answer, or if too many log-probs are
+                unknown.
+        """
+        completion_ids, mask = rollout["completion_ids"], rollout["completion_mask"].bool()
+        if self.asked is None or not torch.equal(self.asked.completion_ids, completion_ids):
+            self.start(rollout)
+        asked, self.asked = self.asked, None
+        answers, problem = {}, asked.problem
+        try:
+            for request in asked.requests:
+                answers.update(request.result())
+        except ServerError as error:
+            problem = str(error)
+        finally:
+            asked.give_up()
+
+        logps = torch.full(mask.shape, math.nan)
+        for row, question in enumerate(asked.questions):
+            values = torch.tensor(answers.get(question, []))
+            logps[row, mask[row].cpu().nonzero().squeeze(1)[: len(values)]] = values
+        logps = logps.to(completion_ids.device)
+
+        unknown = (logps.isnan() & mask).sum().item()
+        reports = gather_object([(problem, unknown, mask.sum().item())])
+        problems = [problem for problem, *_ in reports if problem is not None]
+        if problems:
+            raise RunCannotGoOn(f"The teacher has no answer. {problems[0]}")
+        unknown, total = (sum(report[place] for report in reports) for place in (1, 2))
+        if unknown > self.max_unknown * total:
+            raise RunCannotGoOn(
+                f"The vLLM server at {self.servers} has no finite log-prob for {unknown} of {total} tokens of a batch, more "
+                f"than a fraction of {self.max_unknown:g}. Check the teacher's weights and dtype."
+            )
+        return logps
+
+    def _question(self, rollout: dict[str, Any], row: int) -> Question:
+        prompt, completion = (
+            rollout[f"{part}_ids"][row][rollout[f"{part}_mask"][row].bool()].tolist()
+            for part in ("prompt", "completion")
+        )
+        pictures = images_of(rollout["rows"][row]) or []
+        return Question(
+            (*prompt, *self.model.known(completion)), len(prompt), tuple(Picture.of(picture) for picture in pictures)
+        )
