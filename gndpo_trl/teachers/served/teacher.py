@@ -188,6 +188,9 @@ class ServerTeacher(Teacher):
             )
         return logps
 
+    def identity(self) -> str:
+        return f"{self.model.name} behind a server"
+
     def _question(self, rollout: dict[str, Any], row: int) -> Question:
         prompt, completion = (
             rollout[f"{part}_ids"][row][rollout[f"{part}_mask"][row].bool()].tolist()
