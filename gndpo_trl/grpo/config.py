@@ -16,7 +16,7 @@ class ExtendedGRPOConfig(VLLMConfig):
     [`~trl.GRPOConfig`] with a temperature for evaluation, a token budget for scoring and shared prompts.
 
     Mistakes in how the run is launched are refused here, before any model is loaded. `greater_is_better` follows from
-    `metric_for_best_model`, see [`~grpo.evaluation_logs.is_greater_better`].
+    `metric_for_best_model`; where it does not, and where the best model would be chosen by the loss, both are asked for.
 
     Parameters:
         eval_temperature (`float`, *optional*):
