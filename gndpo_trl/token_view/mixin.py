@@ -63,10 +63,6 @@ class TokenViewMixin:
         for batches in self._kept_batches.values():
             batches.clear()
 
-    def _begin_run(self):
-        super()._begin_run()
-        self._kept_batches["train"].clear()
-
     def _keep_token_rows(
         self,
         mode: str,
