@@ -97,9 +97,9 @@ class GNDPOConfig(ExtendedGRPOConfig):
         > Parameters that control the logging
 
         log_completions_steps (`int`, *optional*):
-            Fewest optimizer steps from one log of completions to the next, with `log_completions`: in the terminal, in
-            files and in wandb. `None` spreads 100 over the run; 1 logs them with every log. The first log and the last
-            step have them in any case.
+            Number of optimizer steps between two logs of completions, with `log_completions`: in the terminal, in files
+            and in wandb. The first log at or after each multiple of it has them. `None` spreads 100 over the run; 1 logs
+            them with every log. The very first log and the last step have them in any case.
         num_completions_in_page (`int`, *optional*, defaults to `64`):
             Most completions in a page of the token view: those with the most extreme tokens, and others at random. `None`
             has all of them, as the file beside it does.

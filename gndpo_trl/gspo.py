@@ -37,9 +37,9 @@ class GSPOConfig(ExtendedGRPOConfig):
             where the model is found to compute the same and at least a quarter of the tokens is saved; the log names the
             models that keep separate rows, and why. `True` raises an error instead. `False` keeps separate rows.
         log_completions_steps (`int`, *optional*):
-            Fewest optimizer steps from one log of completions to the next, with `log_completions`: in the terminal, in
-            files and in wandb. `None` spreads 100 over the run; 1 logs them with every log. The first log and the last
-            step have them in any case.
+            Number of optimizer steps between two logs of completions, with `log_completions`: in the terminal, in files
+            and in wandb. The first log at or after each multiple of it has them. `None` spreads 100 over the run; 1 logs
+            them with every log. The very first log and the last step have them in any case.
         max_skipped_steps (`int`, *optional*, defaults to `5`):
             Steps in a row whose loss or gradient is not finite, after which the run ends with a checkpoint. Such a step
             changes no weight.

@@ -209,13 +209,14 @@ def test_runs_lie_over_each_other_and_what_they_lack_is_left_out(tmp_path):
 
 def test_names_of_any_characters_stand_in_the_figures_as_they_are(tmp_path):
     """`$` would begin a formula, which `$\\frac$` is not even, and curves of names with `_` in front would have no label."""
-    names = ["a $x^2$ b", "$\\frac$", "_run", "__", "100% & <b>", "ü\nx", "\udcff"]
+    names = ["a $x^2$ b", "$\\frac$", "_run", "__", "100% & <b>", "ü\nx", "\udcff", "begin" + "x" * 200 + "end"]
     entries = [{"step": 1, "reverse_kl": 0.5}, {"step": 2, "eval_$\\frac$_reverse_kl": 0.4}]
     folder = write_state(tmp_path / "run", entries)
     runs = [read_run(folder, printable(name)) for name in names]
     figure = overlaid(runs, "Reward: $\\frac$", "reverse_kl", False)
     figure.savefig(tmp_path / "figure.png")
-    found = [text.get_text().strip() for text in figure.axes[0].get_legend().get_texts()]
+    *found, long, of_long = [text.get_text().strip() for text in figure.axes[0].get_legend().get_texts()]
+    assert long.startswith("beginx") and long.endswith("xend") and "…" in of_long and len(long) < 70
     shown = [*names[:5], "ü\ufffdx", "\ufffd"]
     assert found == [text for name in shown for text in (name, f"{name}, eval_$\\frac$")]
 

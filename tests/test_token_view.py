@@ -5,6 +5,7 @@ import json
 import math
 import struct
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import datasets
@@ -14,14 +15,17 @@ import pytest
 import tiny_models
 import torch
 from helpers import make_row, plain_logps
+from huggingface_hub import HfApi, RepoUrl
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM, TrainerCallback
 
 from gndpo_trl.grpo.rollouts import valid_tokens
-from gndpo_trl.token_view.page import page_data, write_page
-from gndpo_trl.token_view.rows import extreme_tokens, rows_of, score_scale
+from gndpo_trl.token_view.images import as_png, content, once_each
+from gndpo_trl.token_view.page import page_data, rows_in_page, write_page
+from gndpo_trl.token_view.rows import extreme_tokens, rows_of, sample_rows, score_scale
 from gndpo_trl.token_view.table import report_table, write_parquet
 from gndpo_trl.token_view.terminal import print_rows
 from gndpo_trl.token_view.token_text import TokenTexts
@@ -130,6 +134,87 @@ def test_batches_between_two_logs_leave_only_the_last(make_trainer):
             ids[: mask.sum()].tolist()
             for ids, mask in zip(rollout["completion_ids"], rollout["completion_mask"], strict=True)
         ]
+
+
+def test_completions_are_logged_at_intervals_at_first_and_at_last(make_trainer):
+    trainer = make_trainer(
+        log_completions=True, num_completions_to_print=0, max_steps=6, log_completions_steps=4, logging_steps=1
+    )
+    rollouts = train_and_catch(trainer)
+    files = read(trainer)
+    assert list(files) == ["train_00001", "train_00004", "train_00006"]
+    assert files["train_00004"][0]["token_ids"][0] == rollouts[3]["completion_ids"][0, 0]
+    tables = sorted(path.stem for path in Path(trainer.args.output_dir, "completions").iterdir())
+    assert tables == ["completions_00001", "completions_00004", "completions_00006"]  # TRL's own
+
+    trainer.args.log_completions_steps, trainer._completions_logged = None, {}
+    trainer.state.max_steps = 10_000
+
+    def logged(logs: dict, steps: range) -> list[int]:
+        found = []
+        for trainer.state.global_step in steps:
+            if trainer._completions_due(logs):
+                trainer._completions_logged["train"] = trainer.state.global_step
+                found.append(trainer.state.global_step)
+        return found
+
+    assert logged({"loss": 0.0}, range(10, 10_001, 10)) == [10, *range(100, 10_001, 100)]
+    assert logged({"mine": 0.0}, range(0, 20_000, 10)) == []  # which one rank may log alone
+
+
+def test_what_cannot_be_written_is_said_once_and_the_run_goes_on(make_trainer, capsys, recwarn):
+    options = {"log_completions": True, "num_completions_to_print": 1, "max_steps": 2}
+    trainer = make_trainer(save_strategy="steps", save_steps=2, **options)
+    folder = Path(trainer.args.output_dir)
+    (folder / "completions").rmdir()
+    for name in ("completions", "token_scores"):
+        (folder / name).write_text("where a folder should be")
+    trainer.train()
+    assert trainer.state.global_step == 2 and (folder / "checkpoint-2" / "trainer_state.json").exists()
+    assert [entry["step"] for entry in trainer.state.log_history if "reverse_kl" in entry] == [1, 2]
+    said = [str(warning.message) for warning in recwarn if "could not be shown" in str(warning.message)]
+    assert [text.split(" could")[0] for text in said] == [
+        "At step 1, TRL's table of completions",
+        "At step 1, the token view's file",
+        "At step 1, the token view's page",
+    ]
+    printed = capsys.readouterr().out
+    assert "Tokens of step 1, train" in printed and "Tokens of step 2, train" in printed
+
+
+def test_an_error_of_a_callback_is_not_taken_for_one_of_a_table(make_trainer):
+    class Stops(TrainerCallback):
+        def on_log(self, *args, **kwargs):
+            raise OSError("of the user's own")
+
+    trainer = make_trainer(log_completions=True, num_completions_to_print=0, trainer_options={"callbacks": [Stops()]})
+    with pytest.raises(OSError, match="of the user's own"):
+        trainer.train()
+
+
+def test_completions_are_not_uploaded_with_the_model(make_trainer, monkeypatch):
+    uploaded = []
+
+    def upload_folder(self, folder_path, ignore_patterns=None, **kwargs):
+        files = [str(path.relative_to(folder_path)) for path in Path(folder_path).rglob("*") if path.is_file()]
+        uploaded.append(list(filter_repo_objects(files, ignore_patterns=ignore_patterns)))
+        done = Future()
+        done.set_result(None)
+        return done
+
+    # The hub, in whose place stands what would have reached it.
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    monkeypatch.setattr(
+        HfApi, "create_repo", lambda self, name, **kwargs: RepoUrl(f"http://x/{name}", endpoint="http://x")
+    )
+    options = {"log_completions": True, "num_completions_to_print": 0, "max_steps": 1, "hub_model_id": "user/model"}
+    trainer = make_trainer(push_to_hub=True, hub_strategy="checkpoint", save_strategy="steps", save_steps=1, **options)
+    trainer.train()
+    trainer.push_to_hub()
+    assert read(trainer).keys() == {"train_00001"}
+    assert len(uploaded) >= 3 and all(any(path.endswith("model.safetensors") for path in paths) for paths in uploaded)
+    wrong = [path for paths in uploaded for path in paths if "token_scores" in path or "completions" in path]
+    assert not wrong
 
 
 def test_a_run_that_goes_on_writes_from_its_next_generation_batch_on(make_trainer, tmp_path):
@@ -285,9 +370,48 @@ def test_images_of_any_kind_get_into_page_and_file(tmp_path, mode):
     write_parquet(rows, str(tmp_path / "rows.parquet"), 1, "train")
 
 
+def test_an_image_of_several_completions_is_encoded_and_written_once(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 700, 3), dtype=np.uint8)
+    images = [Image.fromarray(noise) for _ in range(8)]  # objects of their own, as data sets make them
+    others = [Image.fromarray(255 - noise), "https://example.org/x.png", "https://example.org/x.png"]
+    calls = []
+    once = once_each(lambda image: calls.append(image) or len(calls))
+    assert [once(image) for image in (*images, *others)] == [1] * 8 + [2, 3, 3] and len(calls) == 3
+    palettes = [Image.new("P", (2, 2)), Image.new("P", (2, 2))]
+    palettes[0].putpalette([255, 0, 0])
+    palettes[1].putpalette([0, 255, 0])
+    assert content(palettes[0]) != content(palettes[1])
+
+    rows = [make_row(["a"], [1.0], images=[image, images[0]]) for image in images]
+    write_parquet(rows, str(tmp_path / "rows.parquet"), 1, "train")
+    assert (tmp_path / "rows.parquet").stat().st_size < 1.2 * len(as_png(images[0]))
+    found = pq.read_table(tmp_path / "rows.parquet").to_pylist()
+    assert all(len(row["images"]) == 2 for row in found)
+    assert Image.open(io.BytesIO(found[7]["images"][1]["bytes"])).tobytes() == images[0].tobytes()
+    data = page_data(rows, 5.0)
+    assert len(data["images"]) == 1 and all(row["images"] == [0, 0] for row in data["rows"])
+
+
+def test_a_page_has_the_rows_of_the_most_extreme_tokens(tmp_path):
+    rows = [make_row(["a", "b"], [0.1 * number, -0.1]) for number in range(40)]
+    rows[7].scores[0], rows[31].scores[1] = 9.0, -9.0
+    shown = rows_in_page(rows, 3, step=1)
+    assert len(shown) == 3 and {7, 31} <= {*shown} and shown == sorted(shown)
+    data = page_data(rows, 5.0, shown)
+    assert [row["number"] - 1 for row in data["rows"]] == shown
+    assert (data["num_completions"], data["num_tokens"], sum(data["histogram"]["counts"])) == (40, 80, 80)
+    (row, token), *_ = data["extremes"]["lowest"]
+    assert data["rows"][row]["number"] == 32 and token == 1
+    assert rows_in_page(rows, None, step=1) == rows_in_page(rows, 40, step=1) == [*range(40)]
+    write_page(rows, str(tmp_path / "few.html"), 1, "train", 5.0, 3)
+    write_page(rows, str(tmp_path / "all.html"), 1, "train", 5.0)
+    sizes = [(tmp_path / name).stat().st_size for name in ("few.html", "all.html")]
+    assert sizes[1] - sizes[0] > 37 * 100
+
+
 def test_columns_that_rewards_add_are_still_printed(make_trainer, capsys):
     def kind(completions, log_extra, **kwargs):
-        log_extra("kind", ["rare"] * len(completions))
+        log_extra("kind", ["rare\x1b[2J"] * len(completions))
         return [1.0] * len(completions)
 
     trainer = make_trainer(
@@ -296,6 +420,7 @@ def test_columns_that_rewards_add_are_still_printed(make_trainer, capsys):
     trainer.train()
     printed = capsys.readouterr().out
     assert "Tokens of step 1, train" in printed and "rare" in printed
+    assert "\x1b" not in printed  # nothing that a terminal would obey
     assert trainer.num_completions_to_print == 1
 
 
@@ -431,7 +556,7 @@ def test_wandb_gets_the_table_beside_the_metrics(make_trainer, tmp_path, monkeyp
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     trainer = make_trainer(
-        "internvl", log_completions=True, num_completions_to_print=0, report_to=["wandb"], max_steps=1
+        "internvl", log_completions=True, num_completions_to_print=2, report_to=["wandb"], max_steps=1
     )
     trainer.train()
     folder = Path(wandb.run.dir)
@@ -447,6 +572,7 @@ def test_wandb_gets_the_table_beside_the_metrics(make_trainer, tmp_path, monkeyp
     assert found["completions/_type"] == found["token_scores/_type"] == "table-file"
     table = json.loads((folder / found["token_scores/path"]).read_text())
     rows = read(trainer)["train_00001"]
+    rows = [rows[number] for number in sample_rows(rows, 2, step=1)]
     assert len(table["data"]) == len(rows)
     for line, row in zip(table["data"], rows, strict=True):
         line = dict(zip(table["columns"], line, strict=True))
@@ -480,7 +606,7 @@ def test_trackio_gets_the_table_beside_the_metrics(make_trainer, tmp_path, monke
         for constant in {"TRACKIO_DIR", "MEDIA_DIR"} & vars(module).keys():
             monkeypatch.setattr(module, constant, tmp_path / constant)
     options = {"report_to": ["trackio"], "project": "token-view", "run_name": "run", "max_steps": 1}
-    trainer = make_trainer("internvl", log_completions=True, num_completions_to_print=0, **options)
+    trainer = make_trainer("internvl", log_completions=True, num_completions_to_print=4, **options)
     trainer.train()
     found = {name: value for entry in storage.get_logs("token-view", "run") for name, value in entry.items()}
     logged = trainer.state.log_history[0]

@@ -19,7 +19,7 @@ class CompletionTablesMixin:
     """
     Lets `log_completions` look at a run without getting into its way.
 
-    - Completions are logged every `log_completions_steps` optimizer steps, at the first log and at the last step.
+    - Completions are logged every `log_completions_steps` optimizer steps, with the first log and at the last step.
     - Whatever cannot be shown (a full disk, a wandb that does not answer, a picture that nothing encodes) gives a warning,
       the first time, and the run goes on.
     - wandb's tables take no lists of parts that have different keys, which is what a message with images consists of. While
@@ -52,9 +52,10 @@ class CompletionTablesMixin:
         name, step = self._log_name(logs), self.state.global_step
         if not self.log_completions or name is None:
             return None
-        every = getattr(self.args, "log_completions_steps", None) or math.ceil(self.state.max_steps / NUM_LOGS)
-        steps = step - self._completions_logged.get(name, -math.inf)
-        return name if steps == 0 or steps >= every or step == self.state.max_steps else None
+        every = getattr(self.args, "log_completions_steps", None) or math.ceil(self.state.max_steps / NUM_LOGS) or 1
+        last = self._completions_logged.get(name)
+        is_due = last is None or step == last or step // every > last // every or step == self.state.max_steps
+        return name if is_due else None
 
     def log(self, logs, start_time=None):
         name = self._completions_due(logs)

@@ -17,7 +17,7 @@ class ExtendedGRPOConfig(VLLMConfig):
     [`~trl.GRPOConfig`] with a temperature for evaluation, a token budget for scoring and shared prompts.
 
     Mistakes in how the run is launched are refused here, before any model is loaded. `greater_is_better` follows from
-    `metric_for_best_model`, see [`~grpo.evaluation_logs.is_greater_better`].
+    `metric_for_best_model`; where it does not, and where the best model would be chosen by the loss, both are asked for.
 
     Parameters:
         eval_temperature (`float`, *optional*):
@@ -34,9 +34,9 @@ class ExtendedGRPOConfig(VLLMConfig):
             where the model is found to compute the same and at least a quarter of the tokens is saved; the log names the
             models that keep separate rows, and why. `True` raises an error instead. `False` keeps separate rows.
         log_completions_steps (`int`, *optional*):
-            Fewest optimizer steps from one log of completions to the next, with `log_completions`: in the terminal, in
-            files and in wandb. `None` spreads 100 over the run; 1 logs them with every log. The first log and the last
-            step have them in any case.
+            Number of optimizer steps between two logs of completions, with `log_completions`: in the terminal, in files
+            and in wandb. The first log at or after each multiple of it has them. `None` spreads 100 over the run; 1 logs
+            them with every log. The very first log and the last step have them in any case.
         max_skipped_steps (`int`, *optional*, defaults to `5`):
             Steps in a row whose loss or gradient is not finite, after which the run ends with a checkpoint. Such a step
             changes no weight.
@@ -77,9 +77,9 @@ class ExtendedGRPOConfig(VLLMConfig):
     log_completions_steps: int | None = field(
         default=None,
         metadata={
-            "help": "Fewest optimizer steps from one log of completions to the next, with `log_completions`: in the "
-            "terminal, in files and in wandb. `None` spreads 100 over the run; 1 logs them with every log. The first log "
-            "and the last step have them in any case."
+            "help": "Number of optimizer steps between two logs of completions, with `log_completions`: in the terminal, "
+            "in files and in wandb. The first log at or after each multiple of it has them. `None` spreads 100 over the "
+            "run; 1 logs them with every log. The very first log and the last step have them in any case."
         },
     )
     max_skipped_steps: int = field(

@@ -16,6 +16,9 @@ from .runs import THROUGHPUT, Run
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8F7700")
 DASHES = ("solid", "dashed", "dashdot", "dotted")
 
+# Of the name of a run in a figure.
+MOST_CHARACTERS = 60
+
 # Share of a curve that its moving average spans.
 SPAN = 0.05
 
@@ -145,6 +148,12 @@ def overlaid(runs: list[Run], title: str, metric: str, log_scale: bool) -> Figur
 def add_legend(axis: Axes) -> None:
     for text in axis.legend(fontsize="small").get_texts():
         text.set_parse_math(False)
+        text.set_text(trimmed(text.get_text()))
+
+
+def trimmed(name: str) -> str:
+    """A name that leaves room for curves: of a long one, the beginning and the end."""
+    return name if len(name) <= MOST_CHARACTERS else f"{name[: MOST_CHARACTERS // 2]}…{name[-MOST_CHARACTERS // 2 :]}"
 
 
 def draw_curve(axis: Axes, steps: np.ndarray, values: np.ndarray, label: str, style: dict) -> None:
@@ -167,7 +176,7 @@ def beside(runs: list[Run], title: str, is_named: bool, draw_run: Callable[[Axes
     figure, axes = new_figure(columns, -(-len(runs) // columns))
     for axis, run in zip(axes.flat, runs, strict=False):
         draw_run(axis, run)
-        axis.set_title(run.name if is_named else title, parse_math=False)
+        axis.set_title(trimmed(run.name) if is_named else title, parse_math=False)
         add_legend(axis)
     for axis in axes.flat[len(runs) :]:
         axis.set_visible(False)
