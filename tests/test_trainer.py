@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import IterableDataset
 from helpers import advantages_of, gradients, make_rollout, plain_logps
 from peft import LoraConfig
 from safetensors.torch import load_file
