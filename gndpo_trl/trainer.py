@@ -258,6 +258,9 @@ def check_scorers(scorers: list[Teacher], model: Any, processing_class: Any, arg
     kwargs = args.model_init_kwargs or {}
     trust_remote_code = kwargs.get("trust_remote_code", args.trust_remote_code)
     description = describe("model", model, processing_class, kwargs.get("revision"), trust_remote_code)
+    description.template_kwargs = args.chat_template_kwargs or {}
+    own_kwargs = args.teacher_chat_template_kwargs or {}
+    description.teacher_template_kwargs = {**description.template_kwargs, **own_kwargs}
     for scorer in scorers:
         scorer.check(description)
 

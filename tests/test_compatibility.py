@@ -4,8 +4,10 @@ import copy
 
 import pytest
 import tiny_models
+from datasets import Dataset
 
-from gndpo_trl.teachers.compatibility import check_compatibility, describe
+from gndpo_trl.teachers import LocalTeacher
+from gndpo_trl.teachers.compatibility import check_compatibility, describe, warn_on_chat_template
 
 
 END = 2  # <|im_end|>, the tiny tokenizers' end token
@@ -70,7 +72,7 @@ def test_an_image_text_student_needs_an_image_text_teacher():
         with pytest.raises(ValueError, match="reads images, but the teacher \\(Qwen3ForCausalLM\\) is text-only"):
             check(tiny_models.build_internvl(), (teacher, processing_class))
     teacher, processor = tiny_models.build_internvl()
-    with pytest.raises(ValueError, match="no image processor"):
+    with pytest.raises(ValueError, match="no image processor.*`teacher_processing_class`"):
         check(tiny_models.build_internvl(), (teacher, processor.tokenizer))
 
 
@@ -130,3 +132,88 @@ def test_another_chat_template_is_warned_about():
     tokenizer.chat_template = tokenizer.chat_template.replace("assistant ", "assistant <think>")
     with pytest.warns(UserWarning, match="chat templates differ.*<think>"):
         check(tiny_models.build_qwen3(), (teacher, tokenizer))
+
+
+# Chat templates that differ with their options, or that refuse what they are tried on.
+
+THINKS = tiny_models.CHAT_TEMPLATE.replace(
+    "assistant {%", "assistant {% if thinks is not defined or thinks %}<think>{% endif %}{%"
+)
+NEEDS_SYSTEM = "{% if messages[0].role != 'system' %}{{ raise_exception('begin with a system message') }}{% endif %}"
+NEEDS_STYLE = "{% if style is not defined %}{{ raise_exception('pass style') }}{% endif %}"
+REFUSES = "{{ raise_exception('not this') }}"
+
+
+def described(template, **kwargs):
+    model, tokenizer = tiny_models.build_qwen3()
+    tokenizer.chat_template = template
+    description = describe("model", model, tokenizer)
+    description.template_kwargs = kwargs
+    description.teacher_template_kwargs = kwargs
+    return description
+
+
+def test_chat_templates_are_compared_with_the_options_of_the_run(recwarn):
+    plain, thinking = described(tiny_models.CHAT_TEMPLATE), described(THINKS)
+    warn_on_chat_template(described(THINKS, thinks=False), plain)
+    warn_on_chat_template(described(THINKS, thinks=False), thinking)
+    warn_on_chat_template(described(NEEDS_STYLE + THINKS, style="short"), thinking)
+    student, teacher = (described("{{ style }} " + THINKS) for _ in range(2))
+    student.teacher_template_kwargs = {"style": "one"}  # which changes nothing of how an answer begins
+    warn_on_chat_template(student, teacher)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="chat templates differ.*<think>"):
+        warn_on_chat_template(described(THINKS, thinks=True), plain)
+    student = described(THINKS, thinks=False)
+    student.teacher_template_kwargs = {"thinks": True}
+    with pytest.warns(UserWarning, match="chat templates differ.*<think>.* for the teacher"):
+        warn_on_chat_template(student, thinking)
+
+
+def test_a_template_that_wants_more_is_compared_where_it_can_be(recwarn):
+    needs = described(NEEDS_SYSTEM + tiny_models.CHAT_TEMPLATE)
+    warn_on_chat_template(needs, described(tiny_models.CHAT_TEMPLATE))
+    warn_on_chat_template(described(REFUSES), described(REFUSES))
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="chat templates differ.*<think>"):
+        warn_on_chat_template(needs, described(THINKS))
+    with pytest.warns(UserWarning, match="refuses every question .* NOT checked"):
+        warn_on_chat_template(described(NEEDS_STYLE + THINKS), described(THINKS))
+
+
+def test_images_are_counted_in_a_template_that_wants_more():
+    student, processor = tiny_models.build_internvl()
+    teacher, other = tiny_models.build_internvl()
+    other.image_seq_length = 9
+    for which in (processor, other):
+        which.chat_template = NEEDS_SYSTEM + which.chat_template
+    with pytest.raises(ValueError, match="takes 4 placeholder tokens for the student and 9 for the teacher"):
+        check((student, processor), (teacher, other))
+    processor.chat_template = other.chat_template = REFUSES
+    with pytest.warns(UserWarning, match="NOT checked whether an image takes as many tokens"):
+        check((student, processor), (teacher, other))
+
+
+def test_text_before_a_teacher_that_has_a_template_is_warned_about(text_dataset, recwarn):
+    model, tokenizer = tiny_models.build_qwen3()
+    teacher = LocalTeacher(model, tokenizer)
+    texts = Dataset.from_dict({"prompt": ["one plus two"]})
+    rendered = tokenizer.apply_chat_template(text_dataset[0]["prompt"], tokenize=False, add_generation_prompt=True)
+    recwarn.clear()
+    for dataset in (
+        text_dataset,
+        texts.add_column("teacher_prompt", [rendered]),
+        Dataset.from_dict({"prompt": [rendered]}),
+    ):
+        teacher.check_data("train_dataset", dataset, has_prompt_fn=False)
+    teacher.check_data("train_dataset", texts, has_prompt_fn=True)
+    teacher.check_data("eval_dataset", None, has_prompt_fn=False)
+    assert not recwarn.list
+    with pytest.warns(
+        UserWarning, match="prompts of `train_dataset` are plain text.*`teacher_prompt`, rendered as text"
+    ):
+        teacher.check_data("train_dataset", texts, has_prompt_fn=False)
+    tokenizer.chat_template = None
+    recwarn.clear()
+    teacher.check_data("train_dataset", texts, has_prompt_fn=False)
+    assert not recwarn.list

@@ -1,12 +1,18 @@
 """`teacher_prompt_fn`: what it sees of a rollout, what the teacher then reads, and which of its answers are refused."""
 
 import pytest
+import tiny_models
 import torch
 from datasets import Dataset, IterableDataset
 from helpers import make_rollout, plain_logps
 from transformers import Qwen3ForCausalLM
 
 from gndpo_trl.teachers import SelfTeacher
+from gndpo_trl.teachers.prompt_fn import group_completions
+from gndpo_trl.teachers.prompts import TeacherPrompts
+
+
+END = 2  # <|im_end|>, the tiny tokenizers' end token
 
 
 def words_reward(completions, **kwargs):
@@ -202,3 +208,14 @@ def test_the_function_cannot_change_the_rows(make):
 def test_template_options_are_for_its_prompts_too(make):
     trainer = make(quote_the_longest, teacher_chat_template_kwargs={"enable_thinking": False})
     assert trainer._teacher_prompts.teacher_kwargs == {"enable_thinking": False}
+
+
+def test_special_tokens_that_a_student_writes_out_end_no_turn():
+    """In a text too, where those of the function's own are meant as such."""
+    tokenizer = tiny_models.build_tokenizer(("one<|im_end|>two",))
+    said = tokenizer.convert_tokens_to_ids("one<|im_end|>two")
+    (completion,) = group_completions([[said, END]], torch.zeros(1, 0), [], 1, tokenizer)
+    assert completion.text == "one<\u200b|im_end|>two"
+    prompts = TeacherPrompts(tokenizer, {}, {})
+    for prompt in (f"{completion.text} <|im_end|>", [{"role": "user", "content": completion.text}]):
+        assert prompts._tokenize(prompt).count(END) == 1

@@ -13,12 +13,19 @@ from datasets import IterableDataset
 from helpers import advantages_of, gradients, make_rollout, plain_logps
 from peft import LoraConfig
 from safetensors.torch import load_file
-from transformers import AutoModelForImageTextToText, AutoTokenizer, BitsAndBytesConfig, Qwen3ForCausalLM
+from transformers import (
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Qwen3ForCausalLM,
+)
 from trl import GRPOConfig, GRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from gndpo_trl import GNDPOTrainer
 from gndpo_trl.grpo.rollouts import valid_tokens
+from gndpo_trl.gspo import GSPOConfig, GSPOTrainer
 
 
 # What it computes
@@ -571,3 +578,35 @@ def test_images_dropped_by_trl_stop_the_run(make_trainer, monkeypatch):
 def test_images_are_not_ignored_by_a_text_student(make_trainer, image_dataset):
     with pytest.raises(ValueError, match="has the column 'images'.*no processor for images.*remove the column"):
         make_trainer("qwen3", trainer_options={"train_dataset": image_dataset})
+
+
+def test_a_tokenizer_in_a_processors_place_is_refused(make_trainer, checkpoints, image_dataset):
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints["qwen25vl-student"])
+    options = {"processing_class": tokenizer, "train_dataset": image_dataset}
+    with pytest.raises(ValueError, match="has the column 'images'.*is a tokenizer .*pass the processor"):
+        make_trainer("qwen25vl", trainer_options=options)
+    text = image_dataset.remove_columns("images")
+    with pytest.raises(ValueError, match="`eval_dataset` has the column 'images'.*is a tokenizer"):
+        make_trainer("qwen25vl", trainer_options={**options, "train_dataset": text, "eval_dataset": image_dataset})
+    parts = [{"type": "image", "image": tiny_models.draw_image(0)}, {"type": "text", "text": "one"}]
+    rows = [{"prompt": [{"role": "user", "content": parts}]}] * 8
+    stream = IterableDataset.from_generator(lambda: iter(rows))
+    with pytest.raises(ValueError, match="has pictures, but the student's .*is no processor .*pass the processor"):
+        make_trainer("qwen25vl", trainer_options={**options, "train_dataset": stream}).train()
+
+
+def test_a_processor_that_pads_on_the_right_pads_on_the_left(make_trainer, make, checkpoints, image_dataset):
+    """What it says of each token (here: whether it is of an image) has to stand where the token stands."""
+    processor = AutoProcessor.from_pretrained(checkpoints["qwen25vl-student"])
+    processor.tokenizer.padding_side = "right"
+    with pytest.warns(UserWarning, match="`padding_side` of `processing_class` is 'right'"):
+        trainer = make_trainer("qwen25vl", trainer_options={"processing_class": processor})
+    rollout = make_rollout(trainer)
+    assert not rollout["prompt_mask"].all()
+    types = rollout["mm_token_type_ids"][:, : rollout["prompt_ids"].size(1)]
+    assert types.bool().equal(rollout["prompt_ids"] == trainer.model.config.image_token_id)
+
+    tokenizer = AutoTokenizer.from_pretrained(checkpoints["qwen3-student"], padding_side="right")
+    with pytest.warns(UserWarning, match="`padding_side` of `processing_class` is 'right'"):
+        make(GSPOTrainer, GSPOConfig, trainer_options={"processing_class": tokenizer})
+    assert tokenizer.padding_side == "left"

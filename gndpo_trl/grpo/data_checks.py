@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset, IterableDataset, LargeList, List, Value
 from datasets import Image as ImageFeature
 from transformers import ProcessorMixin
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig
 
 from .pictures import IMAGE_COLUMNS, is_url, pictures_in, pictures_in_column, with_parts_alike
 from .row_checks import RowsSeen, check_no_videos
@@ -255,14 +255,16 @@ def _from_arrow(picture: pyarrow.Scalar) -> Any:
     return picture.as_py()
 
 
-def check_images_are_read(trainer: GRPOTrainer) -> None:
-    """Raise `ValueError` if the data have images that the model's processing class would ignore."""
-    for field, dataset in by_argument(trainer.train_dataset, trainer.eval_dataset).items():
+def check_images_are_read(processing_class: Any, train_dataset: Any, eval_dataset: Any) -> None:
+    """Raise `ValueError` if the data have images that the student's processing class would ignore."""
+    for field, dataset in by_argument(train_dataset, eval_dataset).items():
         image_columns = {*IMAGE_COLUMNS} & set(getattr(dataset, "column_names", None) or ())
-        if image_columns and not isinstance(trainer.processing_class, ProcessorMixin):
+        if image_columns and not isinstance(processing_class, ProcessorMixin):
             raise ValueError(
-                f"`{field}` has the column {image_columns.pop()!r}, but the model ({type(trainer.model).__name__}) "
-                "has no processor for images, so they would be ignored. Train an image-text model, or remove the column."
+                f"`{field}` has the column {image_columns.pop()!r}, but the student's processing class is a tokenizer "
+                f"({type(processing_class).__name__}) and no processor for images, so they would be ignored. Of a model "
+                "that reads images, pass the processor (`AutoProcessor.from_pretrained`) as `processing_class`; else train "
+                "an image-text model, or remove the column."
             )
 
 

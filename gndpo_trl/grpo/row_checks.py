@@ -149,7 +149,8 @@ class RowsSeen:
         if self.with_pictures is not None and not is_vlm:
             raise ValueError(
                 f"{self.with_pictures} has pictures, but the student's {type(processing_class).__name__} is "
-                "no processor for images, so they would be ignored. Train an image-text model, or remove them."
+                "no processor for images, so they would be ignored. Of a model that reads images, pass the processor "
+                "(`AutoProcessor.from_pretrained`) as `processing_class`; else train an image-text model, or remove them."
             )
         count = getattr(getattr(processing_class, "image_processor", None), "get_number_of_image_patches", None)
         if count is None or not is_vlm or _refusal(count, 224, 224):

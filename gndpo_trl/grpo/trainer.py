@@ -1,7 +1,9 @@
 """`GRPOTrainer` with everything that this folder adds to it."""
 
 import inspect
+import warnings
 from contextlib import contextmanager
+from typing import Any
 
 from accelerate.utils import gather_object
 from datasets import IterableDataset
@@ -43,12 +45,15 @@ class ExtendedGRPOTrainer(
         check_learned_prompts(named.get("args"), named.get("model"), named.get("peft_config"))
         brings_columns = any(named.get(name) is not None for name in ("environment_factory", "rollout_func"))
         seen = RowsSeen()
+        datasets = [named.get(name) for name in ("train_dataset", "eval_dataset")]
         if named.get("args") is not None:
-            datasets = [named.get(name) for name in ("train_dataset", "eval_dataset")]
             seen = check_datasets(named["args"], *datasets, named.get("reward_funcs"), brings_columns)
             check_best_metric(named["args"], named.get("eval_dataset"))
+        if named.get("processing_class") is not None:
+            pad_on_the_left(named["processing_class"])
+            check_images_are_read(named["processing_class"], *datasets)
         super().__init__(*args, **kwargs)
-        check_images_are_read(self)
+        check_images_are_read(self.processing_class, *datasets)
         seen.check_against(self.processing_class, self.chat_template)
         self._positions = positions_of(self.model.config)
         for num_bytes, where, prompt in seen.longest:
@@ -103,3 +108,15 @@ def raised_on_all_ranks():
     texts = [text for text in gather_object([error and str(error)]) if text is not None]
     if texts:
         raise ValueError(texts[0]) from error
+
+
+def pad_on_the_left(processing_class: Any) -> None:
+    """Have the trainer's own tokenizer or processor pad as one that TRL loads: prompts end where completions begin."""
+    tokenizer = getattr(processing_class, "tokenizer", processing_class)
+    if getattr(tokenizer, "padding_side", "left") != "left":
+        warnings.warn(
+            f'The `padding_side` of `processing_class` is {tokenizer.padding_side!r}, where TRL needs "left", and is set to '
+            "that now: what a processor says of each token of a prompt would be said of others.",
+            stacklevel=3,
+        )
+        tokenizer.padding_side = "left"

@@ -6,9 +6,12 @@ image must become the same tensors and placeholders for both. Sizes of padded vo
 
 import os
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
+from datasets import Dataset, Value
 from PIL import Image
 from transformers import (
     AutoConfig,
@@ -20,6 +23,7 @@ from transformers import (
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
+from trl import prepare_multimodal_messages
 
 from ..grpo.trl_hooks import get_config_model_id
 
@@ -36,6 +40,13 @@ PIXEL_TOLERANCE = 0.1
 # enough to be cut into tiles or scaled down.
 PROBE_SIZES = ((96, 64), (1344, 896))
 
+# Conversations that chat templates are tried on. Some templates refuse one without a system message.
+PROBES = (
+    [{"role": "user", "content": "?"}],
+    [{"role": "system", "content": "?"}, {"role": "user", "content": "?"}],
+)
+
+T = TypeVar("T")
 
 # A folder with a tokenizer has at least one of these.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -52,12 +63,16 @@ class ModelDescription:
         generation_config ([`~transformers.GenerationConfig`] or `None`): Its generation configuration.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`] or `None`): Its
             tokenizer or processor; `None` if unknown.
+        template_kwargs (`dict`): Of the student: options of the chat template for its prompts.
+        teacher_template_kwargs (`dict`): Of the student: those for the prompts of its teacher.
     """
 
     name: str
     config: PreTrainedConfig
     generation_config: GenerationConfig | None
     processing_class: ProcessingClass | None
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    teacher_template_kwargs: dict[str, Any] = field(default_factory=dict)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -159,7 +174,7 @@ def check_compatibility(student: ModelDescription, teacher: ModelDescription) ->
     if is_vlm:
         check_images(student, teacher)
     warn_on_special_tokens(student, teacher)
-    warn_on_chat_template(student.tokenizer, teacher.tokenizer)
+    warn_on_chat_template(student, teacher)
 
 
 def check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
@@ -186,7 +201,8 @@ def check_images(student: ModelDescription, teacher: ModelDescription) -> None:
     if not hasattr(teacher_processor, "image_processor"):
         raise ValueError(
             f"The student reads images, but the teacher's processing class ({type(teacher_processor).__name__}) has "
-            "no image processor. Pass the teacher's processor as `teacher_processing_class`."
+            "no image processor. Pass the teacher's processor (`AutoProcessor.from_pretrained`) as "
+            "`teacher_processing_class`."
         )
     image_token_id = student.config.image_token_id
     if getattr(teacher.config, "image_token_id", None) != image_token_id:
@@ -198,8 +214,18 @@ def check_images(student: ModelDescription, teacher: ModelDescription) -> None:
     for size in PROBE_SIZES:
         image = Image.linear_gradient("L").resize(size).convert("RGB")  # not the same upside down
         check_image_tensors(student_processor.image_processor, teacher_processor.image_processor, image)
+        prompt = try_probes(
+            lambda probe, image=image: render(student_processor, probe, [image], **student.template_kwargs)
+        )
+        if prompt is None:
+            warnings.warn(
+                "The student's chat template refuses every question that it was tried on, so that it is NOT checked "
+                "whether an image takes as many tokens for the teacher as for the student.",
+                stacklevel=3,
+            )
+            return
         student_count, teacher_count = (
-            count_image_tokens(processor, image, image_token_id, student_processor.chat_template)
+            list(processor(text=[prompt], images=[[image]])["input_ids"][0]).count(image_token_id)
             for processor in (student_processor, teacher_processor)
         )
         if student_count != teacher_count:
@@ -241,14 +267,6 @@ def check_image_tensors(student: BaseImageProcessor, teacher: BaseImageProcessor
             )
 
 
-def count_image_tokens(
-    processor: ProcessorMixin, image: Image.Image, image_token_id: int, chat_template: str | None
-) -> int:
-    message = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "?"}]}
-    inputs = processor.apply_chat_template([[message]], chat_template=chat_template, tokenize=True, return_dict=True)
-    return list(inputs["input_ids"][0]).count(image_token_id)
-
-
 def warn_on_special_tokens(student: ModelDescription, teacher: ModelDescription) -> None:
     """Warn, saying what will happen, if the teacher ends its turns with other tokens, or pads with another one."""
     student_tokenizer, teacher_tokenizer = student.tokenizer, teacher.tokenizer
@@ -287,19 +305,92 @@ def warn_on_special_tokens(student: ModelDescription, teacher: ModelDescription)
         )
 
 
-def warn_on_chat_template(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Warn if the teacher's own chat template renders a conversation, up to the answer, in another way."""
-    if student.chat_template is None or teacher.chat_template is None:
+def warn_on_chat_template(student: ModelDescription, teacher: ModelDescription) -> None:
+    """Warn if the teacher's own chat template, with its options, renders a conversation up to the answer in another way."""
+    sides = [(student.processing_class, student.template_kwargs)]
+    sides.append((teacher.processing_class, student.teacher_template_kwargs))
+    templates = [getattr(processing_class, "chat_template", None) for processing_class, _ in sides]
+    if None in templates:
         return
-    messages = [{"role": "user", "content": "Hello"}]
-    rendered = [
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        for tokenizer in (student, teacher)
-    ]
-    if rendered[0] != rendered[1]:
+    is_one = templates[0] == templates[1]
+    if is_one and sides[0][1] != sides[1][1]:  # whose options are there to change what comes before the answer
+        rendered = [
+            answer_opening(
+                lambda probe, closed, which=which, kwargs=kwargs: render(which, probe, closed=closed, **kwargs)
+            )
+            for which, kwargs in sides
+        ]
+    else:
+        rendered = try_probes(lambda probe: [render(which, probe, **kwargs) for which, kwargs in sides]) or [None]
+    if None in rendered:
+        if is_one:
+            return
+        warnings.warn(
+            "The chat templates of student and teacher differ, and one of them refuses every question that both were "
+            "tried on: whether prompts end alike for both is NOT checked. The teacher scores prompts in the student's "
+            "template.",
+            stacklevel=3,
+        )
+    elif rendered[0] != rendered[1]:
         warnings.warn(
             f"The chat templates differ: a prompt ends as {rendered[0][-80:]!r} for the student and as "
             f"{rendered[1][-80:]!r} for the teacher. The teacher scores prompts in the student's template; its "
             "log-probs may be those of a model that does not know the format.",
             stacklevel=3,
         )
+
+
+def warn_on_text_prompts(field: str, dataset: Any, teacher: ModelDescription) -> None:
+    """Warn if prompts of a data set are plain text, unlike what the teacher knows: its own chat template."""
+    if getattr(teacher.processing_class, "chat_template", None) is None or not isinstance(dataset, Dataset):
+        return
+    if dataset.features.get("prompt") not in (Value("string"), Value("large_string")) or len(dataset) == 0:
+        return
+    opening = answer_opening(lambda probe, closed: render(teacher.processing_class, probe, closed=closed))
+    if opening and dataset["prompt"][0].rstrip().endswith(opening.rstrip()):
+        return  # rendered already
+    warnings.warn(
+        f"The prompts of `{field}` are plain text, but the teacher ({teacher.name}) has a chat template: it scores "
+        "completions after a text that it may never have seen the like of. Write the prompts as messages; or, for a base "
+        "student that reads text, give the teacher its own in the column `teacher_prompt`, rendered as text "
+        "(`tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)`).",
+        stacklevel=3,
+    )
+
+
+def try_probes(render: Callable[[list[dict[str, Any]]], T]) -> T | None:
+    """What is made of the first of `PROBES` that the chat template takes; `None` where it takes none."""
+    for probe in PROBES:
+        try:
+            return render(probe)
+        except Exception:  # templates raise what they like, and what trains may refuse what is only tried
+            continue
+    return None
+
+
+def answer_opening(render: Callable[[list[dict[str, Any]], bool], str]) -> str | None:
+    """
+    Text that a chat template opens the answer with, `None` if it takes no probe.
+
+    Args:
+        render (`Callable`): `render(messages, closed)` renders a conversation, without the opening if it is closed.
+    """
+
+    def open(probe: list[dict[str, Any]]) -> str:
+        closed, opened = render(probe, True), render(probe, False)
+        return opened[len(os.path.commonprefix([closed, opened])) :]
+
+    return try_probes(open)
+
+
+def render(
+    processing_class: ProcessingClass,
+    messages: list[dict[str, Any]],
+    images: list | None = None,
+    closed=False,
+    **kwargs,
+) -> str:
+    """Messages in the chat template of a tokenizer or processor, up to the answer unless `closed`."""
+    if isinstance(processing_class, ProcessorMixin):
+        messages = prepare_multimodal_messages(messages, images=images)
+    return processing_class.apply_chat_template(messages, add_generation_prompt=not closed, tokenize=False, **kwargs)

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..grpo.hidden_states import HiddenStates
 from ..grpo.trl_hooks import add_fused_lm_head, create_model_from_path, prepare_deepspeed, prepare_fsdp
-from .compatibility import ModelDescription, ProcessingClass, check_compatibility, describe
+from .compatibility import ModelDescription, ProcessingClass, check_compatibility, describe, warn_on_text_prompts
 from .offload import OffloadedWeights
 from .teacher import ReadHiddenStates, Score, Teacher
 from .weights import piece
@@ -88,6 +88,10 @@ class LocalTeacher(Teacher):
     def check(self, student: ModelDescription) -> None:
         self.tokenizer = student.tokenizer  # for teachers made of this one, which decode the student's ids
         check_compatibility(student, self.description)
+
+    def check_data(self, field: str, dataset: Any, has_prompt_fn: bool) -> None:
+        if not has_prompt_fn and "teacher_prompt" not in (getattr(dataset, "column_names", None) or ()):
+            warn_on_text_prompts(field, dataset, self.description)
 
     def prepare(self, student: PreTrainedModel, accelerator: Accelerator, score: Score) -> None:
         self.score = score

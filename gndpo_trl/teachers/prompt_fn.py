@@ -9,6 +9,8 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from transformers import PreTrainedTokenizerBase
 
+from .special_tokens import SpecialTokens
+
 
 @dataclass(eq=False)
 class Completion:
@@ -16,7 +18,8 @@ class Completion:
     A completion that the student has sampled, as a `teacher_prompt_fn` gets it.
 
     Attributes:
-        text (`str`): What it says, without special tokens.
+        text (`str`): What it says, without special tokens. One that it writes out has a zero-width space (U+200B) in it,
+            so that it stays text in a prompt.
         num_tokens (`int`): Its length in tokens, with the end of turn.
         rewards (`dict[str, float]`): What each reward function gave it, by the function's name. NaN: it gave none.
         group (`list[Completion]`): All completions of the same prompt, this one among them, in the order of sampling.
@@ -50,7 +53,7 @@ def group_completions(
         num_generations (`int`): Completions of a prompt. They follow one another, and a group may go on in the next process.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Decodes them.
     """
-    texts = tokenizer.batch_decode(completion_ids, skip_special_tokens=True)
+    texts = SpecialTokens(tokenizer).as_text(tokenizer.batch_decode(completion_ids, skip_special_tokens=True))
     sampled = gather_object([(text, len(ids)) for text, ids in zip(texts, completion_ids, strict=True)])
     completions = [
         Completion(text, num_tokens, dict(zip(names, values, strict=True)))

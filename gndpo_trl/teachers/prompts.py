@@ -1,8 +1,10 @@
 """Prompts that are the teacher's own: other words, images or template options before the same completions."""
 
-import os
 import re
+import unicodedata
+import warnings
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +24,8 @@ from ..grpo.pictures import (
     with_parts_alike,
 )
 from ..grpo.trl_hooks import MULTIMODAL_KEYS, pad
-from .compatibility import ProcessingClass
+from .compatibility import ProcessingClass, answer_opening
+from .special_tokens import SpecialTokens
 
 
 # A prompt that ends so has the model begin inside its reasoning.
@@ -34,8 +37,10 @@ class TeacherPrompts:
     Puts the column `teacher_prompt` of the data where a teacher reads the student's prompt.
 
     A `teacher_prompt` is what a `prompt` may be: messages, which the student's chat template renders, or text, which is
-    taken as it is. The teacher sees the images of the column `teacher_images`, or the student's where a row has none of
-    its own. Rows whose `teacher_prompt` is `None` keep the student's prompt, token by token.
+    taken as it is. Special tokens that messages write out are ordinary text, unless the student's prompt has that text
+    word for word, of which TRL makes control tokens for the student. The teacher sees the images of the column
+    `teacher_images`, or the student's where a row has none of its own. Rows whose `teacher_prompt` is `None` keep the
+    student's prompt, token by token.
 
     Args:
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`]):
@@ -64,9 +69,7 @@ class TeacherPrompts:
         self.template_options = {"chat_template": chat_template, "tools": tools or None}
         self.tools = tools
         self.pad_to_multiple_of = pad_to_multiple_of
-        self.endings = []
-        if chat_template is not None or getattr(processing_class, "chat_template", None) is not None:
-            self.endings = [self._ending(student_kwargs), self._ending(teacher_kwargs)]
+        self.special_tokens = SpecialTokens(processing_class)
         self.is_shown = False
 
     def check_dataset(
@@ -162,7 +165,7 @@ class TeacherPrompts:
             prompt_ids, others = self._process(rows, own, images, student_ids, rollout["completion_ids"].shape)
         else:
             prompt_ids = [
-                self._tokenize(row["teacher_prompt"]) if has_own else ids
+                self._tokenize(row["teacher_prompt"], row.get("prompt")) if has_own else ids
                 for row, has_own, ids in zip(rows, own, student_ids, strict=True)
             ]
         for row, before, after in zip(rows, student_ids, prompt_ids, strict=True):
@@ -182,17 +185,18 @@ class TeacherPrompts:
         rows = [torch.as_tensor(row) for row in rows]
         return pad(rows, value, padding_side="left", pad_to_multiple_of=self.pad_to_multiple_of)
 
-    def _render(self, prompt: str | list, kwargs: dict[str, Any], closed=False) -> str:
+    def _render(self, prompt: str | list, kwargs: dict[str, Any], closed=False, like: Any = None) -> str:
         if isinstance(prompt, str):
             return prompt
+        prompt = self.special_tokens.as_text(prompt, like)
         if self.is_vlm:
             prompt = prepare_multimodal_messages(prompt)
         return self.processing_class.apply_chat_template(
             prompt, add_generation_prompt=not closed, tokenize=False, **self.template_options, **kwargs
         )
 
-    def _tokenize(self, prompt: str | list) -> list[int]:
-        text = self._render(prompt, self.teacher_kwargs)
+    def _tokenize(self, prompt: str | list, students: str | list | None = None) -> list[int]:
+        text = self._render(prompt, self.teacher_kwargs, like=students)
         return self.tokenizer(text, add_special_tokens=self._adds_special_tokens(prompt, text))["input_ids"]
 
     def _adds_special_tokens(self, prompt: str | list, text: str) -> bool:
@@ -214,8 +218,8 @@ class TeacherPrompts:
                 "A `teacher_prompt` with images is text. Write it as messages, which say where the images are."
             )
         texts = [
-            self._render(prompt, self.teacher_kwargs if has_own else self.student_kwargs)
-            for prompt, has_own in zip(prompts, own, strict=True)
+            self._render(prompt, self.teacher_kwargs if has_own else self.student_kwargs, like=row["prompt"])
+            for prompt, has_own, row in zip(prompts, own, rows, strict=True)
         ]
         options = {"add_special_tokens": self._adds_special_tokens(prompts[0], texts[0]), "padding": True}
         options.update(padding_side="left", return_tensors="pt")
@@ -242,17 +246,29 @@ class TeacherPrompts:
             ]
         return prompt_ids, others
 
-    def _ending(self, kwargs: dict[str, Any]) -> list[int]:
-        """Token ids that the template opens the answer with."""
-        probe = [{"role": "user", "content": "?"}]
-        closed, opened = self._render(probe, kwargs, closed=True), self._render(probe, kwargs)
-        text = opened[len(os.path.commonprefix([closed, opened])) :]
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    @cached_property
+    def endings(self) -> list[list[int]]:
+        """Token ids that the chat template opens the answer with, for the student and for the teacher."""
+        endings = []
+        for kwargs in (self.student_kwargs, self.teacher_kwargs):
+            text = answer_opening(lambda probe, closed, kwargs=kwargs: self._render(probe, kwargs, closed=closed))
+            if text is None:
+                warnings.warn(
+                    "The chat template refuses every question that it was tried on, so that it is NOT checked whether "
+                    "the prompts of student and teacher end at the same point of it. Compare the pair that is printed."
+                )
+                return []
+            endings.append(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return endings
 
     def _check_ending(self, row: dict[str, Any], student_ids: list[int], teacher_ids: list[int]) -> None:
+        # Where both are text, the user has seen to the template.
+        is_text = isinstance(row.get("prompt"), str) and not isinstance(row.get("teacher_prompt"), list)
+        endings = [] if is_text else self.endings
+
         def ends(ids: list[int]) -> list[bool]:
             last = self.tokenizer.decode(ids[-len(OPEN_REASONING) :]).rstrip()
-            at_endings = [ids[len(ids) - len(ending) :] == ending for ending in self.endings]
+            at_endings = [ids[len(ids) - len(ending) :] == ending for ending in endings]
             return [*at_endings, last.endswith(OPEN_REASONING)]
 
         if ends(student_ids) != ends(teacher_ids):
@@ -260,9 +276,9 @@ class TeacherPrompts:
             raise ValueError(
                 f"The prompts of student and teacher end at different points of the chat template: the student's as "
                 f"{before!r}, the teacher's as {after!r} (prompt: {quote(row)}). The completion would not follow on the "
-                "teacher's. Write `teacher_prompt` as messages if `prompt` is messages, and let `chat_template_kwargs` "
-                f"({self.student_kwargs}) and `teacher_chat_template_kwargs` agree on what opens the answer "
-                "(`enable_thinking`, say)."
+                "teacher's. Write `teacher_prompt` as messages if `prompt` is messages and as text if it is text, and let "
+                f"`chat_template_kwargs` ({self.student_kwargs}) and `teacher_chat_template_kwargs` agree on what opens "
+                "the answer (`enable_thinking`, say)."
             )
 
     def _show(self, student_ids: list[int], teacher_ids: list[int]) -> None:
@@ -272,7 +288,7 @@ class TeacherPrompts:
                 text = re.sub(
                     r"(<[^<>]+>)(?:\s?\1)+", r"\1...", self.tokenizer.decode(ids)
                 )  # placeholders of an image
-                print(f"A prompt as the {reader} reads it:\n{text}\n", flush=True)
+                print(f"A prompt as the {reader} reads it:\n{printable(text)}\n", flush=True)
 
 
 def images_of(row: dict[str, Any]) -> list | None:
@@ -307,6 +323,15 @@ def with_images(row: dict[str, Any]) -> str | list:
             f"`teacher_prompt` and its images do not fit: {error} A row without `teacher_images` has the student's. "
             f"Prompt: {str(prompt)[:200]!r}."
         ) from error
+
+
+def printable(text: str) -> str:
+    """The text, with what would move a terminal's cursor or not be seen as Python writes it."""
+    hidden = ("Cc", "Cf", "Co", "Cs", "Zl", "Zp")  # controls, formats, private and half characters, line separators
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in hidden and c not in "\n\t" else c
+        for c in text
+    )
 
 
 def quote(row: dict[str, Any]) -> str:

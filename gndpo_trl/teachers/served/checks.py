@@ -152,7 +152,7 @@ def check_tokens(servers: VLLMServers, model: ServedModel, wanted: Wanted, stude
         return
     check_vocabularies(student.tokenizer, teacher.tokenizer)
     warn_on_special_tokens(student, teacher)
-    warn_on_chat_template(student.tokenizer, teacher.tokenizer)
+    warn_on_chat_template(student, teacher)
 
 
 def check_texts(servers: VLLMServers, model: ServedModel, tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> None:
