@@ -73,8 +73,8 @@ class GNDPOConfig(ExtendedGRPOConfig):
             `chat_template_kwargs`. The answer has to begin at the same point of the template for both.
         teacher_weights (`str`, *optional*, defaults to `"initial"`):
             Weights of a teacher that is the student itself. `"initial"`: those that training starts from, in a model of
-            their own, or for a PEFT student those under its adapters, without a second copy. `"ema"`: the exponential
-            moving average of the student's. `"periodic"`: a copy of them from time to time. `"live"`: those in training.
+            their own, or for a PEFT student in a copy of what is trained. `"ema"`: the exponential moving average of the
+            student's. `"periodic"`: a copy of them from time to time. `"live"`: those in training.
         teacher_ema_decay (`float`, *optional*, defaults to `0.999`):
             Share of the average that every optimizer step leaves, for `teacher_weights="ema"`.
         teacher_sync_steps (`int`, *optional*, defaults to `50`):
@@ -302,7 +302,7 @@ class GNDPOConfig(ExtendedGRPOConfig):
         default="initial",
         metadata={
             "help": 'Weights of a teacher that is the student itself. `"initial"`: those that training starts from, in '
-            "a model of their own, or for a PEFT student those under its adapters, without a second copy. "
+            "a model of their own, or for a PEFT student in a copy of what is trained. "
             '`"ema"`: the exponential moving average of the student\'s. `"periodic"`: a copy of them from time to '
             'time. `"live"`: those in training.',
             "choices": list(TEACHER_WEIGHTS),

@@ -237,12 +237,14 @@ class GNDPOTrainer(SequenceTokenMixin, QuestionsMixin, BatchLogsMixin, ExtendedG
 
     def _save_state(self, folder):
         super()._save_state(folder)
-        self.teacher.save_state(folder)
+        for scorer in self._scorers:
+            scorer.save_state(folder)
         self.estimator.save_state(folder)
 
     def _load_state(self, folder):
         super()._load_state(folder)
-        self.teacher.load_state(folder)
+        for scorer in self._scorers:
+            scorer.load_state(folder)
         self.estimator.load_state(folder)
 
 

@@ -111,7 +111,7 @@ def test_a_run_extrapolates_from_the_student_before_training(make_trainer, check
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if peft else None
     options = {"extrapolation": 1.5, "score_discount": 0.5, "score_clip": 0.1, "beta": beta, "learning_rate": 1e-2}
     trainer = make_trainer(per_device_train_batch_size=8, trainer_options={"peft_config": lora}, **options)
-    assert isinstance(trainer.reference, type(None) if beta else SelfTeacher if peft else LocalTeacher)
+    assert isinstance(trainer.reference, SelfTeacher if peft else type(None) if beta else LocalTeacher)
     trainer.train()
     rollout = make_rollout(trainer)
     mask = valid_tokens(rollout)
@@ -195,6 +195,6 @@ def test_numbers_that_cannot_be_meant_are_refused(make_config, options, message)
 def test_a_base_under_adapters_is_a_reference_at_temperature_one(make_trainer):
     lora = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     with pytest.raises(
-        ValueError, match="`temperature` is 0.7, but with `extrapolation` .1.5. the base under the adapters"
+        ValueError, match="`temperature` is 0.7, but `extrapolation` .1.5. compares the start of the student"
     ):
         make_trainer(trainer_options={"peft_config": lora}, extrapolation=1.5, temperature=0.7)

@@ -58,6 +58,7 @@ def watch_forwards(trainer) -> dict[str, list[tuple[int, int]]]:
         return hook
 
     for who, model in (("student", trainer.model), ("teacher", trainer.teacher.model)):
+        trainer._checked_heads.add((model, ()))  # without the passes of that comparison
         model.base_model.register_forward_pre_hook(watch(who), with_kwargs=True)
     return forwards
 

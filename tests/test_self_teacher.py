@@ -61,6 +61,14 @@ def with_weights(model, values: dict[str, torch.Tensor]):
     return model.eval()
 
 
+def without_head(model):
+    """A copy of a model with adapters, without TRL's fused head."""
+    forward = model.get_base_model().__dict__.pop("forward")
+    found = copy.deepcopy(model).eval()
+    model.get_base_model().forward = forward
+    return found
+
+
 @pytest.mark.parametrize(
     "weights, offload",
     [("ema", False), ("ema", True), ("periodic", False), ("periodic", True), ("live", False), ("initial", False)],
@@ -102,19 +110,55 @@ def test_adapters_alone_are_exchanged(make_self, checkpoints, weights):
     found = trainer.teacher.per_token_logps(question)
     assert learns == {name for name, value in trainer.model.named_parameters() if value.requires_grad}
     assert all(torch.equal(value, trained[name]) for name, value in trainer.model.named_parameters())
-    base = Qwen3ForCausalLM.from_pretrained(checkpoints["qwen3-student"])
     mask = rollout["completion_mask"].bool()
-    if weights == "initial":
-        expected = plain_logps(base, question)
-    else:
-        assert trainer.teacher.values.keys() == learns
-        with_adapters = get_peft_model(base, LORA)
-        with_adapters.load_state_dict({**with_adapters.state_dict(), **trainer.teacher.values})
-        expected = plain_logps(with_adapters, question)
+    assert trainer.teacher.values.keys() == learns
+    with_adapters = get_peft_model(Qwen3ForCausalLM.from_pretrained(checkpoints["qwen3-student"]), LORA)
+    with_adapters.load_state_dict({**with_adapters.state_dict(), **trainer.teacher.values})
+    expected = plain_logps(with_adapters, question)
     torch.testing.assert_close(found[mask], expected[mask], rtol=0, atol=1e-5)
 
 
-def test_a_base_under_adapters_takes_no_memory(make_self):
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"init_lora_weights": False},  # as one that was trained before
+        {"bias": "lora_only"},
+        {"modules_to_save": ["lm_head"]},
+        {"trainable_token_indices": [3, 4, 5]},
+    ],
+    ids=["continued", "biases", "whole modules", "tokens"],
+)
+def test_the_start_is_the_student_when_training_begins(make_self, make_trainer, checkpoints, adapter):
+    """As teacher, and as the reference of `extrapolation`, whatever `beta` has TRL load."""
+    config = LoraConfig(**{"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM", **adapter})
+    beta = 0.1 if config.bias == "none" else 0.0
+    torch.manual_seed(0)
+    base = Qwen3ForCausalLM.from_pretrained(checkpoints["qwen3-student"], attention_bias=True)
+    trainers = [
+        make_self("initial", model=get_peft_model(copy.deepcopy(base), config), learning_rate=0.05, max_steps=1),
+        make_trainer(
+            model=get_peft_model(copy.deepcopy(base), config),
+            extrapolation=1.5,
+            beta=beta,
+            learning_rate=0.05,
+            max_steps=1,
+        ),
+    ]
+    for trainer in trainers:
+        start = without_head(trainer.model)
+        scorer = trainer.reference or trainer.teacher
+        trainer.train()
+        rollout = {**make_rollout(trainer), "rows": trainer.train_dataset.select(range(8)).to_list()}
+        mask = rollout["completion_mask"].bool()
+        expected, moved = (
+            plain_logps(start, rollout)[mask],
+            plain_logps(without_head(trainer.model), rollout)[mask],
+        )
+        assert (moved - expected).abs().max() > 1e-3
+        torch.testing.assert_close(scorer.per_token_logps(rollout)[mask], expected, rtol=0, atol=1e-4)
+
+
+def test_a_start_with_adapters_takes_the_memory_of_adapters(make_self):
     def size(trainer) -> int:
         tensors = {value.data_ptr(): value for value in trainer.model.parameters()}
         if isinstance(trainer.teacher, LocalTeacher):
@@ -123,12 +167,11 @@ def test_a_base_under_adapters_takes_no_memory(make_self):
             tensors.update({value.data_ptr(): value for value in trainer.teacher.values.values()})
         return sum(value.numel() * value.element_size() for value in tensors.values())
 
-    full, adapters = make_self("initial"), make_self("initial", {"peft_config": LORA})
-    averaged = make_self("ema", {"peft_config": LORA}, max_steps=1)
-    averaged.train()
+    full, adapters = make_self("initial"), make_self("initial", {"peft_config": LORA}, max_steps=1)
+    adapters.train()
     learns = sum(value.numel() * 4 for value in adapters.model.parameters() if value.requires_grad)
     student = sum(value.numel() * 4 for value in adapters.model.parameters())
-    assert size(adapters) == student and size(averaged) == student + learns
+    assert size(adapters) == student + learns
     assert size(full) == 2 * (student - learns)
 
 
@@ -160,14 +203,15 @@ def test_a_run_goes_on_exactly(make_self, checkpoints, tmp_path, weights, peft):
     resumed.train(resume_from_checkpoint=True)
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
-    if weights in ("ema", "periodic"):
-        states = [load_file(tmp_path / folder / "checkpoint-6/teacher.safetensors") for folder in ("whole", "part")]
+    file = "start.safetensors" if weights == "initial" else "teacher.safetensors"
+    if weights in ("ema", "periodic") or (weights == "initial" and peft):
+        states = [load_file(tmp_path / folder / "checkpoint-6" / file) for folder in ("whole", "part")]
         assert states[0].keys() == states[1].keys() and states[0]
         assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
         student = dict(whole.model.named_parameters())
         assert any(not torch.equal(value, student[name]) for name, value in states[0].items())
     else:
-        assert not (tmp_path / "whole/checkpoint-6/teacher.safetensors").exists()
+        assert not (tmp_path / "whole/checkpoint-6" / file).exists()
 
 
 def test_checkpoints_without_such_weights_are_refused(make_self, tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from gndpo_trl.grpo.branch_attention import IMPLEMENTATION
+from gndpo_trl.grpo.head_check import adapters_of
 from gndpo_trl.grpo.shared_prompts import Plan
 from gndpo_trl.grpo.trl_hooks import ROW_MEAN_LOSSES, TOKEN_SUM_LOSSES
 
@@ -124,6 +125,7 @@ def count_tokens(trainer) -> dict[str, list[int]]:
 
     for who, model in (("student", trainer.model), ("teacher", trainer.teacher.model)):
         core = model.get_base_model() if hasattr(model, "get_base_model") else model
+        trainer._checked_heads.add((model, adapters_of(model)))  # without the passes of that comparison
         core.base_model.register_forward_pre_hook(watch(who), with_kwargs=True)
     return tokens
 

@@ -151,6 +151,7 @@ class Elsewhere(ShortWords):
 def test_a_teacher_elsewhere_scores_while_the_student_does(make_trainer, tokenizer):
     teacher = Elsewhere(tokenizer)
     trainer = make_trainer(teacher_model=teacher, share_prompts=False)  # else it is tried out, in two passes more
+    trainer._checked_heads.add((trainer.model, ()))  # likewise
     assert teacher.calls == ["check", "prepare"]
     trainer.generation_config.max_new_tokens = 1  # one forward pass for each batch that is sampled
     make_rollout(trainer)
@@ -234,6 +235,14 @@ def test_the_earlier_name_of_dtype_is_understood(make_trainer, checkpoints):
     for name in ("dtype", "torch_dtype"):
         trainer = make_trainer(teacher_model_init_kwargs={name: torch.bfloat16})
         assert trainer.teacher.model.dtype == torch.bfloat16
+
+
+def test_the_students_code_is_trusted_alone(make_trainer, checkpoints):
+    def is_trusted(**options) -> bool:
+        return make_trainer(trust_remote_code=True, **options).teacher.init_kwargs["trust_remote_code"]
+
+    assert not is_trusted()
+    assert is_trusted(teacher_model_init_kwargs={"trust_remote_code": True})
 
 
 def test_the_teacher_follows_the_students_attention_and_head(make_trainer):

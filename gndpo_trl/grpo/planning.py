@@ -8,6 +8,7 @@ from accelerate.utils import gather
 from trl import GRPOTrainer
 
 from .branch_attention import IMPLEMENTATION, core_of, has_dropout, reason_against
+from .head_check import computes_exactly
 from .microbatches import plan_by_length, select_rows
 from .modes import evaluating
 from .passes import Passes
@@ -153,10 +154,8 @@ class PassPlanner:
             problems.append(f"it raised {type(error).__name__}: {error}")
         if not problems:
             difference = (found - expected)[batch["attention_mask"][:, -logits_to_keep:].bool()].abs().mean().item()
-            dtypes = {parameter.dtype for parameter in model.parameters()}
-            is_exact = dtypes == {torch.float32} and self.passes.accelerator.mixed_precision == "no"
-            is_exact = is_exact and torch.get_float32_matmul_precision() == "highest"
-            if not difference <= (PROBE_LIMIT if is_exact else PROBE_LIMIT_HALF):
+            limit = PROBE_LIMIT if computes_exactly(model, self.passes.accelerator) else PROBE_LIMIT_HALF
+            if not difference <= limit:
                 problems.append(f"its log-probs differ by {difference:.2g} nats from those of separate rows")
         return problems[0] if problems else None
 

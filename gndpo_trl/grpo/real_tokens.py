@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from accelerate.utils import gather
 
+from .head_check import HeadCheckMixin
 from .hidden_states import Collector, HiddenStates
 from .microbatches import Regrouping, select_rows
 from .modes import evaluating
@@ -15,7 +16,7 @@ from .planning import PassPlanner, sharing_in_run
 from .trl_hooks import MULTIMODAL_KEYS, ROW_MEAN_LOSSES, ROW_METRICS, TOKEN_SUM_LOSSES
 
 
-class RealTokensMixin:
+class RealTokensMixin(HeadCheckMixin):
     """
     Makes a [`~trl.GRPOTrainer`] pay for real tokens: rows without the padding between them, of similar length in a pass.
 
@@ -129,6 +130,7 @@ class RealTokensMixin:
             "completion_mask": attention_mask[:, -logits_to_keep:],
             **multimodal,
         }
+        self._check_head(model, rows)
         if self._passes.reader is not None:
             places = torch.arange(rows["completion_ids"].numel(), device=input_ids.device)
             batch["places"] = places.view(rows["completion_ids"].shape)

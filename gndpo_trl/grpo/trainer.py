@@ -14,11 +14,13 @@ from .completion_tables import CompletionTablesMixin
 from .data_checks import check_datasets, check_images_alike, check_images_are_read
 from .evaluation_logs import EvaluationLogsMixin, check_best_metric
 from .finite_steps import FiniteStepsMixin
+from .head_check import check_head
 from .learned_prompts import check_learned_prompts
 from .real_tokens import RealTokensMixin
 from .row_checks import RowsSeen, check_length, open_rows, positions_of
 from .sampling import SamplingMixin
 from .step_progress import StepProgressMixin
+from .trained_weights import check_adapter, check_trains
 from .vllm import VLLMMixin
 
 
@@ -49,10 +51,13 @@ class ExtendedGRPOTrainer(
         if named.get("args") is not None:
             seen = check_datasets(named["args"], *datasets, named.get("reward_funcs"), brings_columns)
             check_best_metric(named["args"], named.get("eval_dataset"))
+            check_adapter(named["args"], named["model"])
         if named.get("processing_class") is not None:
             pad_on_the_left(named["processing_class"])
             check_images_are_read(named["processing_class"], *datasets)
         super().__init__(*args, **kwargs)
+        check_trains(self.model)
+        check_head("model", self.model)
         check_images_are_read(self.processing_class, *datasets)
         seen.check_against(self.processing_class, self.chat_template)
         self._positions = positions_of(self.model.config)

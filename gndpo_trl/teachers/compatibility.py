@@ -117,6 +117,14 @@ def describe(
         return ModelDescription(type(model).__name__, model.config, model.generation_config, processing_class)
 
     options = {"revision": revision, "trust_remote_code": trust_remote_code}
+    if os.path.exists(os.path.join(model, "adapter_config.json")) and not os.path.exists(
+        os.path.join(model, "config.json")
+    ):
+        how = "is_trainable=True)" if field == "model" else "...).merge_and_unload()"
+        raise ValueError(
+            f"`{field}` is {model!r}, which holds an adapter and no model. Load both, and pass the result: "
+            f"`AutoPeftModelForCausalLM.from_pretrained({model!r}, {how}`."
+        )
     try:
         config = AutoConfig.from_pretrained(model, **options)
     except (OSError, ValueError) as error:

@@ -112,6 +112,7 @@ def make_teacher(
         init_kwargs=args.teacher_model_init_kwargs,
         offload=args.teacher_offload,
         cast_lm_head_to_fp32=args.cast_lm_head_to_fp32,
+        max_completion_length=args.max_completion_length,
     )
 
 
@@ -177,10 +178,10 @@ def get_self_teacher(
             raise ValueError(f'`{name}` is set, but `teacher_model` is "self", which has the student\'s. Unset it.')
     if args.teacher_weights == "initial" and not student.is_peft:
         return get_initial_student(args, student)
-    if args.teacher_offload and args.teacher_weights in ("initial", "live"):
+    if args.teacher_offload and args.teacher_weights == "live":
         raise ValueError(
-            f"`teacher_offload` is True, but with `teacher_weights={args.teacher_weights!r}` the teacher has no weights "
-            "beside the student's. Unset it."
+            "`teacher_offload` is True, but with `teacher_weights='live'` the teacher has no weights beside the student's. "
+            "Unset it."
         )
     if args.temperature != 1.0:
         raise ValueError(
@@ -195,24 +196,26 @@ def get_self_teacher(
 
 def get_reference(teacher: Teacher, args: GNDPOConfig, student: Student) -> Teacher | None:
     """
-    The student before training, for scores that need its log-probs; `None` where TRL's reference model has them.
+    The student as it is when training starts, for scores that need its log-probs; `None` where TRL's reference model is it.
 
     Raises:
-        `ValueError`: as [`get_self_teacher`].
+        `ValueError`: as [`get_self_teacher`], and if student and teacher would not be scored at one temperature.
     """
-    if args.extrapolation == 1.0 or args.beta != 0.0:
+    if args.extrapolation == 1.0:
+        return None
+    if args.temperature != 1.0:
+        raise ValueError(
+            f"`temperature` is {args.temperature}, but `extrapolation` ({args.extrapolation}) compares the start of the student "
+            "with the teacher and with the student, and those are scored at temperature 1 and at that of sampling. Set "
+            "`temperature` to 1.0."
+        )
+    # TRL's may be another model: the base of a student with adapters, a checkpoint from before what was done to a loaded
+    # model, or, synchronized, a later student.
+    if args.beta != 0.0 and isinstance(student.model, str) and not student.is_peft and not args.sync_ref_model:
         return None
     if isinstance(teacher, InitialStudent) or (isinstance(teacher, SelfTeacher) and teacher.weights == "initial"):
         return teacher
-    if not student.is_peft:
-        return get_initial_student(args, student)
-    if args.temperature != 1.0:
-        raise ValueError(
-            f"`temperature` is {args.temperature}, but with `extrapolation` ({args.extrapolation}) the base under the "
-            "adapters is scored through the student's own LM head, and the scale is that of temperature 1. Set "
-            "`temperature` to 1.0."
-        )
-    return SelfTeacher("initial")
+    return SelfTeacher("initial") if student.is_peft else get_initial_student(args, student)
 
 
 def get_initial_student(args: GNDPOConfig, student: Student) -> InitialStudent:

@@ -1,5 +1,6 @@
 """A frozen model in this process as the teacher: loading, placement, scoring."""
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from os import PathLike, fspath
@@ -10,6 +11,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather, is_peft_model
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from ..grpo.head_check import check_head
 from ..grpo.hidden_states import HiddenStates
 from ..grpo.trl_hooks import add_fused_lm_head, create_model_from_path, prepare_deepspeed, prepare_fsdp
 from .compatibility import ModelDescription, ProcessingClass, check_compatibility, describe, warn_on_text_prompts
@@ -47,6 +49,9 @@ class LocalTeacher(Teacher):
             Whether its weights live in CPU memory, and are on the device only while it scores.
         cast_lm_head_to_fp32 (`bool`, *optional*, defaults to `False`):
             Whether its LM head computes in float32.
+        max_completion_length (`int`, *optional*):
+            Length of the longest completions, for which it has to have positions. If `None`, they are counted when it
+            scores.
 
     Raises:
         `ValueError`: if there is no such model, if loading options come with a loaded model, if it cannot score what the
@@ -63,6 +68,7 @@ class LocalTeacher(Teacher):
         trust_remote_code: bool = False,
         offload: bool = False,
         cast_lm_head_to_fp32: bool = False,
+        max_completion_length: int | None = None,
     ):
         self.model = fspath(model) if isinstance(model, PathLike) else model
         if not isinstance(self.model, str) and (init_kwargs is not None or revision is not None):
@@ -83,7 +89,13 @@ class LocalTeacher(Teacher):
             revision=self.init_kwargs["revision"],
             trust_remote_code=self.init_kwargs["trust_remote_code"],
         )
-        self.vocab_size = self.description.config.get_text_config().vocab_size
+        config = self.description.config.get_text_config()
+        self.vocab_size = config.vocab_size
+        self.context = getattr(config, "max_position_embeddings", None)
+        # Rotary positions go on beyond those of the training, learned ones end.
+        self.is_rotary = getattr(config, "rope_parameters", None) is not None
+        if max_completion_length is not None:
+            self._check_length(max_completion_length + 1, f"`max_completion_length` is {max_completion_length}")
 
     def check(self, student: ModelDescription) -> None:
         self.tokenizer = student.tokenizer  # for teachers made of this one, which decode the student's ids
@@ -100,6 +112,7 @@ class LocalTeacher(Teacher):
         if isinstance(self.model, str):
             self.model = self._load(student, accelerator)
         check_own_weights(student, self.model)
+        check_head("teacher_model", self.model)
         self.model.requires_grad_(False)
         self.model.eval()
         add_fused_lm_head(
@@ -118,9 +131,10 @@ class LocalTeacher(Teacher):
         Log-probs of the sampled tokens, see [`Teacher`].
 
         Raises:
-            `ValueError`: if a completion holds a token id that the teacher has no embedding for.
+            `ValueError`: on all ranks, if a completion holds a token id that the teacher has no embedding for, or a row is
+                longer than the positions that it has embeddings for.
         """
-        self._check_ids(rollout)
+        self._check_rows(rollout)
         with self.on_device():
             return self.score(self.model, rollout)
 
@@ -128,8 +142,8 @@ class LocalTeacher(Teacher):
         return [False] * len(rows)
 
     def hidden_states(self, rollout: dict[str, Any], read: ReadHiddenStates) -> HiddenStates:
-        """See [`Teacher`]; raises `ValueError` as `per_token_logps` does for ids that the teacher does not have."""
-        self._check_ids(rollout)
+        """See [`Teacher`]; raises `ValueError` as `per_token_logps` does for ids and positions that the teacher does not have."""
+        self._check_rows(rollout)
         with self.on_device():
             return read(self.model, rollout)
 
@@ -141,14 +155,28 @@ class LocalTeacher(Teacher):
         total = gather(total.view(1).to(PartialState().device)).sum().item()
         return f"{self.description.name} of {self.model.config._name_or_path!r} (weights: {total:.7g})"
 
-    def _check_ids(self, rollout: dict[str, Any]) -> None:
-        largest = rollout["completion_ids"].max().item()
+    def _check_rows(self, rollout: dict[str, Any]) -> None:
+        longest = (rollout["prompt_mask"].sum(-1) + rollout["completion_mask"].sum(-1)).max()
+        largest, longest = gather(torch.stack([rollout["completion_ids"].max(), longest])[None]).amax(0).tolist()
+        self._check_length(longest, f"a row (prompt and completion) has {longest} tokens")
         if largest >= self.vocab_size:
             raise ValueError(
                 f"The student sampled token id {largest}, but the teacher has embeddings for {self.vocab_size} ids "
                 "only. Such ids are padding of the student's vocabulary; keep the sampler from drawing them "
                 "(`generation_kwargs`, e.g. `suppress_tokens` or vLLM's `allowed_token_ids`)."
             )
+
+    def _check_length(self, length: int, what: str) -> None:
+        if self.context is None or length <= self.context:
+            return
+        text = (
+            f"The teacher has a context of {self.context} tokens (`max_position_embeddings`), but {what}. Lower "
+            "`max_completion_length`, leave long prompts out, or choose a teacher with a longer context"
+        )
+        if not self.is_rotary:
+            raise ValueError(f"{text}.")
+        warnings.warn(f"{text}; what it says beyond its context may mean nothing.", stacklevel=3)
+        self.context = None  # said once
 
     def _load(self, student: PreTrainedModel, accelerator: Accelerator) -> PreTrainedModel:
         init_kwargs = dict(self.init_kwargs)

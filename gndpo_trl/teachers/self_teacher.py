@@ -21,7 +21,8 @@ from .teacher import ReadHiddenStates, Score, Teacher
 from .weights import free_gathered, piece, piece_of, whole
 
 
-STATE = "teacher.safetensors"
+# Weights that follow the student, and those that training started from, which a run may have beside them.
+STATE, STATE_OF_START = "teacher.safetensors", "start.safetensors"
 
 
 class NeedsPrompts(Teacher):
@@ -62,7 +63,7 @@ class SelfTeacher(NeedsPrompts):
     Args:
         weights (`str`):
             `"ema"`: the exponential moving average of the student's weights, in float32. `"periodic"`: a copy of them.
-            `"live"`: those in training. `"initial"`: those under the adapters of a PEFT model.
+            `"live"`: those in training. `"initial"`: a copy of those that training starts from.
         decay (`float`, *optional*, defaults to `0.999`): Share of the average that an optimizer step leaves.
         sync_steps (`int`, *optional*, defaults to `50`): Optimizer steps between two copies.
         offload (`bool`, *optional*, defaults to `False`): Whether the teacher's weights are kept in CPU memory.
@@ -74,7 +75,8 @@ class SelfTeacher(NeedsPrompts):
     def __init__(self, weights: str, decay: float = 0.999, sync_steps: int = 50, offload: bool = False):
         self.weights = weights
         self.decay, self.sync_steps, self.offload = decay, sync_steps, offload
-        self.has_own_weights = weights in ("ema", "periodic")
+        self.has_own_weights = weights != "live"
+        self.state = STATE_OF_START if weights == "initial" else STATE
         self.values: dict[str, torch.Tensor] = {}  # name of a parameter: this process's piece of the teacher's
 
     def prepare(self, student: PreTrainedModel, accelerator: Accelerator, score: Score) -> None:
@@ -140,12 +142,12 @@ class SelfTeacher(NeedsPrompts):
             if self.accelerator.is_main_process:
                 tensors[name] = tensor.cpu().contiguous()
         if self.accelerator.is_main_process:
-            save_file(tensors, os.path.join(folder, STATE))
+            save_file(tensors, os.path.join(folder, self.state))
 
     def load_state(self, folder: str) -> None:
         if not self.has_own_weights:
             return
-        path = os.path.join(folder, STATE)
+        path = os.path.join(folder, self.state)
         trained = dict(self._trained())
         names = set()
         if os.path.exists(path):
@@ -154,7 +156,7 @@ class SelfTeacher(NeedsPrompts):
         if names != trained.keys():
             raise ValueError(
                 f"`teacher_weights` is {self.weights!r}, but the checkpoint {folder!r} has no such weights for this model "
-                f"in `{STATE}`. It was saved by a run with another teacher, or one that trained other parameters: set "
+                f"in `{self.state}`. It was saved by a run with another teacher, or one that trained other parameters: set "
                 "what that run had, or start a new run from its model."
             )
         with safe_open(path, "pt") as file:
@@ -174,10 +176,7 @@ class SelfTeacher(NeedsPrompts):
     @contextmanager
     def _teaching(self) -> Iterator[None]:
         """The model with the teacher's weights, for as long as the context lasts."""
-        if self.weights == "initial":
-            with self.accelerator.unwrap_model(self.student).disable_adapter():
-                yield
-        elif not self.values:  # in training, or none was trained yet
+        if not self.values:  # in training, or none was trained yet
             yield
         else:
             before = {name: piece(parameter).clone() for name, parameter in self._trained()}
