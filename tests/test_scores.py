@@ -178,8 +178,8 @@ def test_the_loss_uses_the_same_scores_where_the_sampler_gives_the_statistics(ma
         ({"score_power": -1.0, "score_clip": None}, "`score_power` is -1.0.*Use 0.0 for the paper's"),
         ({"score_power": float("nan"), "score_clip": None}, "`score_power` is nan"),
         (
-            {"score_power": 1.0},
-            "`score_power` is 1.0.*`score_clip` .5.0. is a number of nats. Set `score_clip` to None",
+            {"score_power": 1.0, "score_clip": 2.0},
+            "`score_power` is 1.0.*`score_clip` .2.0. is a number of nats. Set `score_clip` to None",
         ),
         (
             {"score_power": 1.0, "score_clip": None, "extrapolation": 1.5},

@@ -99,8 +99,7 @@ class ExtendedGRPOConfig(VLLMConfig):
 
     def __post_init__(self):
         raise_problems(type_problems(self))  # nothing can be compared before
-        raise_problems(self._problems())
-        if self.eval_temperature == 0:
+        if self.eval_temperature == 0 and self.num_generations_eval is None:
             self.num_generations_eval = 1
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = is_greater_better(self)
@@ -110,7 +109,6 @@ class ExtendedGRPOConfig(VLLMConfig):
         check_launch(self)
 
     def _problems(self) -> Iterator[str]:
-        """What is wrong with the fields as they were given, each with the value and the remedy."""
         yield from count_problems(self)
         yield from best_model_problems(self)
         yield from super()._problems()

@@ -11,6 +11,7 @@ from accelerate.utils import gather
 from datasets import Dataset
 from trl import GRPOConfig
 
+from .config_checks import raise_problems
 from .loss_seam import Surrogate
 from .microbatches import loss_mask
 from .pictures import pictures_of
@@ -49,7 +50,12 @@ class VLLMConfig(GRPOConfig):
         },
     )
 
+    def __post_init__(self):
+        raise_problems(self._problems())
+        super().__post_init__()
+
     def _problems(self) -> Iterator[str]:
+        """What is wrong with the fields as they were given, each with the value and the remedy."""
         if self.sampling_logp_threshold is not None and not self.sampling_logp_threshold > 0:
             yield (
                 f"`sampling_logp_threshold` is {self.sampling_logp_threshold}, but no two engines agree to the last "
