@@ -41,7 +41,7 @@ from .questions import QuestionsMixin
 from .run_warnings import RunWarnings
 from .teachers import Teacher
 from .teachers.compatibility import describe
-from .teachers.from_config import Student, get_reference, get_teacher
+from .teachers.from_config import StudentArguments, get_reference, get_teacher
 from .teachers.prompt_fn import TeacherPromptFn
 
 
@@ -153,16 +153,15 @@ class GNDPOTrainer(SequenceTokenMixin, QuestionsMixin, BatchLogsMixin, ExtendedG
             model_name = model if isinstance(model, str) else get_config_model_id(model.config)
             args = GNDPOConfig(f"{model_name.split('/')[-1]}-GNDPO")
         check_arguments(args, reward_funcs, rollout_func, teacher_model, teacher_prompt_fn)
-        student = Student(model, processing_class, is_peft=peft_config is not None or isinstance(model, PeftModel))
+        student = StudentArguments(
+            model, processing_class, is_peft=peft_config is not None or isinstance(model, PeftModel)
+        )
         self.teacher = get_teacher(teacher_model, teacher_processing_class, args, student)
         self.reference = get_reference(self.teacher, args, student)
         self._scorers = list(dict.fromkeys(filter(None, (self.teacher, self.reference))))
         self.teacher_prompt_fn = teacher_prompt_fn
         self.score = Score(args.score_clip, args.score_power, args.extrapolation, args.score_discount)
-        names, rank = self.teacher.names, PartialState().process_index
-        self.population = Population(
-            args.advantage_normalization, args.std_floor, num_teachers=len(names), gather=gather, process_index=rank
-        )
+        self.population = population_of(args, self.teacher)
         self.mix = partial(mix_advantages, distillation_coef=args.distillation_coef, reward_coef=args.reward_coef)
         self.estimator = self.surrogate = get_estimator(estimator, args, self.score, self.population, self.mix)
         self.estimator.check(self.teacher)
@@ -233,7 +232,7 @@ class GNDPOTrainer(SequenceTokenMixin, QuestionsMixin, BatchLogsMixin, ExtendedG
 
     def _generation_depends_on(self):
         who = {"teacher": self.teacher.identity(), "estimator": type(self.estimator).__name__}
-        return {**super()._generation_depends_on(), **who}
+        return super()._generation_depends_on() | who
 
     def _save_state(self, folder):
         super()._save_state(folder)
@@ -246,6 +245,17 @@ class GNDPOTrainer(SequenceTokenMixin, QuestionsMixin, BatchLogsMixin, ExtendedG
         for scorer in self._scorers:
             scorer.load_state(folder)
         self.estimator.load_state(folder)
+
+
+def population_of(args: GNDPOConfig, teacher: Teacher) -> Population:
+    """Whom all completions are compared with, but for what a generation batch says of itself."""
+    return Population(
+        args.advantage_normalization,
+        args.std_floor,
+        num_teachers=len(teacher.names),
+        gather=gather,
+        process_index=PartialState().process_index,
+    )
 
 
 def suppress_padding_ids(trainer: GNDPOTrainer) -> None:

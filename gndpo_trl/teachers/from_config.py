@@ -18,7 +18,7 @@ from .teacher import Teacher
 
 
 @dataclass
-class Student:
+class StudentArguments:
     """What a teacher that is the student itself is made from: the trainer's arguments."""
 
     model: str | PreTrainedModel | PeftModel
@@ -30,7 +30,7 @@ def get_teacher(
     teacher_model: str | PathLike | PreTrainedModel | Teacher | dict[str, Any] | None,
     teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
     args: GNDPOConfig,
-    student: Student,
+    student: StudentArguments,
 ) -> Teacher:
     """
     The teacher that the trainer's arguments and the configuration's `teacher_*` fields name.
@@ -97,7 +97,7 @@ def make_teacher(
     teacher: str | PathLike | PreTrainedModel | Teacher,
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
     args: GNDPOConfig,
-    student: Student,
+    student: StudentArguments,
 ) -> Teacher:
     if isinstance(teacher, ServerTeacher):
         check_not_sampled_from(teacher, args)
@@ -159,7 +159,9 @@ def check_not_sampled_from(teacher: ServerTeacher, args: GNDPOConfig) -> None:
 
 
 def get_self_teacher(
-    teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | None, args: GNDPOConfig, student: Student
+    teacher_processing_class: PreTrainedTokenizerBase | ProcessorMixin | None,
+    args: GNDPOConfig,
+    student: StudentArguments,
 ) -> Teacher:
     """
     The student as its own teacher.
@@ -194,7 +196,7 @@ def get_self_teacher(
     )
 
 
-def get_reference(teacher: Teacher, args: GNDPOConfig, student: Student) -> Teacher | None:
+def get_reference(teacher: Teacher, args: GNDPOConfig, student: StudentArguments) -> Teacher | None:
     """
     The student as it is when training starts, for scores that need its log-probs; `None` where TRL's reference model is it.
 
@@ -218,7 +220,7 @@ def get_reference(teacher: Teacher, args: GNDPOConfig, student: Student) -> Teac
     return SelfTeacher("initial") if student.is_peft else get_initial_student(args, student)
 
 
-def get_initial_student(args: GNDPOConfig, student: Student) -> InitialStudent:
+def get_initial_student(args: GNDPOConfig, student: StudentArguments) -> InitialStudent:
     """A frozen copy of the student as it is before training, loaded as TRL loads the student."""
     model, init_kwargs = student.model, {"dtype": "float32", **(args.model_init_kwargs or {})}
     if not isinstance(model, str):
