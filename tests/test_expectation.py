@@ -358,6 +358,26 @@ def test_a_run_goes_on_with_the_head_that_its_teacher_had(make_trainer, text_dat
         assert torch.equal(parameter, resumed.model.state_dict()[name]), name
 
 
+# What checkpoints compared before more was compared.
+EARLIER = ("number of processes", "reference model", "per_device_train_batch_size", "num_iterations", "estimator")
+
+
+@pytest.mark.parametrize("options", [{}, BOTH["baseline"], BOTH["exact"]], ids=["sampled", "baseline", "exact"])
+def test_a_batch_that_an_earlier_version_has_saved_is_used(make_trainer, tmp_path, options):
+    options = {"save_strategy": "steps", "save_steps": 1, "num_iterations": 2, **options}
+    whole = make_trainer(output_dir=str(tmp_path / "whole"), max_steps=2, **options)
+    whole.train()
+    make_trainer(output_dir=str(tmp_path / "parts"), max_steps=1, **options).train()
+    (path,) = tmp_path.glob("parts/checkpoint-1/generation_buffer_*.pt")
+    saved = torch.load(path, weights_only=True)
+    saved["depends_on"] = {name: saved["depends_on"][name] for name in EARLIER}
+    torch.save(saved, path)
+    resumed = make_trainer(output_dir=str(tmp_path / "parts"), max_steps=2, **options)
+    resumed.train(resume_from_checkpoint=True)
+    for name, parameter in whole.model.state_dict().items():
+        assert torch.equal(parameter, resumed.model.state_dict()[name]), name
+
+
 def test_a_batch_that_another_teacher_has_read_is_left(make_trainer, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 1, "num_iterations": 2, "estimator": "exact"}
     make_trainer(max_steps=1, **options).train()
