@@ -1,9 +1,13 @@
 """Checkpoints in the middle of a generation batch, resumed as they were, otherwise, or from what a kill left."""
 
+import errno
+import fcntl
 import math
+import multiprocessing
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +16,7 @@ import torch
 from transformers import TrainerCallback
 
 from gndpo_trl.grpo.checkpoints import CheckpointMixin, last_whole_checkpoint
+from gndpo_trl.grpo.run_folder import lock
 
 
 # Four micro-batches for each generation, one for each step: a checkpoint after two steps is in the middle.
@@ -223,3 +228,75 @@ def test_nothing_to_go_on_from(make_trainer, tmp_path):
         ValueError, match="`resume_from_checkpoint` is True, but `output_dir` .* has no whole checkpoint"
     ):
         make_trainer(output_dir=str(tmp_path / "nowhere")).train(resume_from_checkpoint=True)
+
+
+def written(folder: str) -> dict[str, int]:
+    return {str(path): path.stat().st_mtime_ns for path in Path(folder).rglob("*") if path.is_file()}
+
+
+def test_a_folder_has_the_checkpoints_of_one_run(make_trainer, saved, tmp_path):
+    shutil.copytree(saved, tmp_path / "elsewhere")
+    before = written(f"{saved}/checkpoint-2")
+    new = make_trainer(output_dir=saved, max_steps=1, **MIDDLE)
+    for checkpoint in (None, False, str(tmp_path / "elsewhere" / "checkpoint-2")):
+        with pytest.raises(ValueError, match=r"has the checkpoints of another run \(checkpoint-2\).*or remove them"):
+            new.train(resume_from_checkpoint=checkpoint)
+    with pytest.warns(UserWarning, match="another run .checkpoint-2., which `resume_from_checkpoint=True` would take"):
+        make_trainer(output_dir=saved, max_steps=1).train()  # which saves none
+    assert written(f"{saved}/checkpoint-2") == before
+    # What a run did not finish writing is no checkpoint: it is as if there were none.
+    Path(saved, "checkpoint-2", "trainer_state.json").unlink()
+    assert new.train().global_step == 1
+
+
+def test_going_back_says_what_is_later(make_trainer, saved):
+    make_trainer(output_dir=saved, max_steps=4, **MIDDLE).train(resume_from_checkpoint=True)
+    again = make_trainer(output_dir=saved, max_steps=3, **MIDDLE)
+    with pytest.warns(
+        UserWarning, match="later checkpoints than the one that this run goes on from: checkpoint-4. Until"
+    ):
+        again.train(resume_from_checkpoint=f"{saved}/checkpoint-2/")
+
+
+def test_a_trainer_that_trains_for_longer_keeps_its_checkpoints(make_trainer, tmp_path):
+    trainer = make_trainer(output_dir=str(tmp_path / "run"), **MIDDLE)
+    trainer.train()
+    before = written(tmp_path / "run" / "checkpoint-2")
+    with pytest.raises(ValueError, match="checkpoints of this trainer's last run .* raise `trainer.args.max_steps`"):
+        trainer.train()
+    trainer.args.max_steps = 4
+    assert trainer.train(resume_from_checkpoint=True).global_step == 4
+    assert written(tmp_path / "run" / "checkpoint-2") == before
+    trainer.args.output_dir, trainer.args.max_steps = str(tmp_path / "another"), 2
+    assert trainer.train().global_step == 2
+    assert [path.name for path in (tmp_path / "another").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def hold(folder: str, is_held) -> None:
+    file = lock(folder)
+    is_held.set()
+    time.sleep(60)
+    file.close()
+
+
+def test_a_folder_is_held_by_one_run_until_that_is_dead(make_trainer, tmp_path):
+    folder, context = str(tmp_path / "run"), multiprocessing.get_context("fork")
+    is_held = context.Event()
+    other = context.Process(target=hold, args=(folder, is_held))
+    other.start()
+    assert is_held.wait(10)
+    trainer = make_trainer(output_dir=folder, **MIDDLE)
+    with pytest.raises(RuntimeError, match=rf"Another run is writing to .*/run\): process {other.pid} on "):
+        trainer.train()
+    other.kill()
+    other.join()
+    assert trainer.train().global_step == 2
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with pytest.warns(UserWarning, match="has no locks .*No locks available.*: nothing keeps a second run"):
+        lock(str(tmp_path)).close()

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import warnings
+from contextlib import nullcontext
 from glob import glob
 from typing import Any
 
@@ -12,8 +13,10 @@ import torch
 from accelerate.logging import get_logger
 from accelerate.utils import gather_object, is_peft_model
 from torch.serialization import default_restore_location
+from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .run_folder import held_by_one_run
 from .sigterm import AgreedJITCheckpointCallback, JITCheckpointCallback
 from .trl_hooks import TRAINER_STATE_NAME
 
@@ -38,6 +41,8 @@ class CheckpointMixin:
       used again if everything that it depends on is the same; else all ranks leave it, with a warning that says why.
     - `trainer_state.json` is written when everything else is there. A folder without it is no checkpoint:
       `resume_from_checkpoint=True` takes the last one that is whole.
+    - A folder has the checkpoints of one run: a run that would save into one with another's, or while another run does, is
+      refused.
     - `enable_jit_checkpoint` saves on SIGTERM at the end of the same step on all ranks, and then ends the process: what would
       come after `train` is for a run that is over.
     - A run that ends by a [`RunCannotGoOn`] saves its last step first, whatever `save_strategy` says.
@@ -81,33 +86,90 @@ class CheckpointMixin:
             self.add_callback(self._on_sigterm)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_whole_checkpoint(self.args.output_dir)
-        elif isinstance(resume_from_checkpoint, str) and not is_whole(resume_from_checkpoint):
-            raise ValueError(
-                f"`resume_from_checkpoint` is {resume_from_checkpoint!r}, which is no whole checkpoint: it has no "
-                f"readable `{TRAINER_STATE_NAME}`, so the run that wrote it ended before it was done. Name an earlier "
-                "one, or say `True` for the last one that is whole."
-            )
-        self._begin_run()
-        try:
-            output = super().train(resume_from_checkpoint, *args, **kwargs)
-        except RunCannotGoOn as reason:
-            if self.state.global_step != self._saved_step:
-                self._save_checkpoint(self.model_wrapped, trial=None)
-            if self.state.global_step == 0:
-                raise
-            raise RunCannotGoOn(
-                f"{reason} The run ended after step {self.state.global_step}, which is saved in {self.args.output_dir!r}: "
-                "go on with `resume_from_checkpoint=True`."
-            ) from reason
+        output_dir = self.args.output_dir
+        with held_by_one_run(output_dir, self.accelerator) if self._saves_checkpoints() else nullcontext():
+            checkpoint = self._checkpoint_to_go_on_from(resume_from_checkpoint)
+            self._begin_run()
+            try:
+                output = super().train(checkpoint, *args, **kwargs)
+            except RunCannotGoOn as reason:
+                if self.state.global_step != self._saved_step:
+                    self._save_checkpoint(self.model_wrapped, trial=None)
+                if self.state.global_step == 0:
+                    raise
+                raise RunCannotGoOn(
+                    f"{reason} The run ended after step {self.state.global_step}, which is saved in {output_dir!r}: "
+                    "go on with `resume_from_checkpoint=True`."
+                ) from reason
         if self._on_sigterm is not None and self._on_sigterm.has_saved and not self._is_done():
             logger.warning(
                 f"SIGTERM ended the run after step {self.state.global_step} of {self.state.max_steps}, which is saved in "
-                f"{self.args.output_dir!r}. It is not finished: go on with `resume_from_checkpoint=True`."
+                f"{output_dir!r}. It is not finished: go on with `resume_from_checkpoint=True`."
             )
             raise SystemExit(128 + signal.SIGTERM)
         return output
+
+    def _saves_checkpoints(self) -> bool:
+        return self.args.save_strategy != "no" or self.args.enable_jit_checkpoint
+
+    def _checkpoint_to_go_on_from(self, resume_from_checkpoint: str | bool | None) -> str | bool | None:
+        """
+        What `train` resumes from, in a folder that is fit for it; called on all ranks.
+
+        Raises:
+            `ValueError`: on all ranks, if there is no such checkpoint, or if the folder has those of another run.
+        """
+        checkpoint, refusal = resume_from_checkpoint, None
+        if self.accelerator.is_main_process:
+            try:
+                if checkpoint is True:
+                    checkpoint = last_whole_checkpoint(self.args.output_dir)
+                elif isinstance(checkpoint, str) and not is_whole(checkpoint):
+                    raise ValueError(
+                        f"`resume_from_checkpoint` is {checkpoint!r}, which is no whole checkpoint: it has no readable "
+                        f"`{TRAINER_STATE_NAME}`, so the run that wrote it ended before it was done. Name an earlier "
+                        "one, or say `True` for the last one that is whole."
+                    )
+                self._check_folder(checkpoint)
+            except ValueError as error:
+                refusal = str(error)
+        checkpoint, refusal = gather_object([(checkpoint, refusal)])[0]
+        if refusal is not None:
+            raise ValueError(refusal)
+        return checkpoint
+
+    def _check_folder(self, checkpoint: str | bool | None) -> None:
+        """Raise `ValueError`, or warn, where `output_dir` has checkpoints that a run from this one would mix with its own."""
+        folder = self.args.output_dir
+        there = whole_checkpoints(folder)
+        if not there:
+            return
+        if checkpoint and os.path.realpath(os.path.dirname(os.path.abspath(checkpoint))) == os.path.realpath(folder):
+            begins_at = TrainerState.load_from_json(os.path.join(checkpoint, TRAINER_STATE_NAME)).global_step
+            later = [os.path.basename(path) for step, path in there.items() if step > begins_at]
+            if later:
+                warnings.warn(
+                    f"`output_dir` ({folder}) has later checkpoints than the one that this run goes on from: "
+                    f"{', '.join(later)}. Until it has passed them, `resume_from_checkpoint=True` would take those: move "
+                    "them elsewhere, or name the checkpoint whenever you resume."
+                )
+            return
+        names = ", ".join(os.path.basename(path) for path in there.values())
+        found = f"`output_dir` ({folder}) has the checkpoints of another run ({names})"
+        if not self._saves_checkpoints():
+            warnings.warn(f"{found}, which `resume_from_checkpoint=True` would take for this one's.")
+        elif self.state.global_step > 0:
+            raise ValueError(
+                f"`output_dir` ({folder}) has the checkpoints of this trainer's last run ({names}), which another would "
+                "overwrite or leave among its own. To train for longer, raise `trainer.args.max_steps` or "
+                "`trainer.args.num_train_epochs` and call `trainer.train(resume_from_checkpoint=True)`; to begin again with "
+                "the weights as they are now, set `trainer.args.output_dir` to another folder."
+            )
+        else:
+            raise ValueError(
+                f"{found}: a run that begins anew would overwrite some, and `resume_from_checkpoint=True` might go on from "
+                "the others. Go on from them with `resume_from_checkpoint=True`, choose another `output_dir`, or remove them."
+            )
 
     def _begin_run(self) -> None:
         """
@@ -232,6 +294,18 @@ def is_whole(checkpoint: str) -> bool:
     return True
 
 
+def checkpoints_of(output_dir: str) -> dict[int, str]:
+    """The folders of checkpoints in a folder, whole or not, by their numbers of steps, which increase."""
+    names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
+    steps = [int(name.split("-")[1]) for name in names if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name)]
+    return {step: os.path.join(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}") for step in sorted(steps)}
+
+
+def whole_checkpoints(output_dir: str) -> dict[int, str]:
+    """Those that a run finished writing."""
+    return {step: checkpoint for step, checkpoint in checkpoints_of(output_dir).items() if is_whole(checkpoint)}
+
+
 def last_whole_checkpoint(output_dir: str) -> str:
     """
     The checkpoint of the most steps in a folder, leaving out those that a run did not finish writing.
@@ -239,10 +313,7 @@ def last_whole_checkpoint(output_dir: str) -> str:
     Raises:
         `ValueError`: if there is none.
     """
-    names = os.listdir(output_dir) if os.path.isdir(output_dir) else []
-    steps = [int(name.split("-")[1]) for name in names if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", name)]
-    for step in sorted(steps, reverse=True):
-        checkpoint = os.path.join(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+    for checkpoint in reversed(checkpoints_of(output_dir).values()):
         if is_whole(checkpoint):
             return checkpoint
         warnings.warn(f"{checkpoint!r} is left out: the run that wrote it ended before it was whole.")
