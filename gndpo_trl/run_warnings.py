@@ -21,6 +21,9 @@ WINDOW = 10
 # to 0.17), so that below it the scores are mostly rounding, which whitening blows up twentyfold and more.
 NOISE_STD = 0.05
 
+# Standard deviation of advantages whose squares are 0 in float32, and with them the norm of the gradient.
+UNDERFLOW = 1e-20
+
 # Fraction of the tokens that the clamp changes. At the default of 5 nats, this many add 2.5 to the variance of the scores,
 # more than all other tokens usually have: the clamp then decides what the unit of an advantage is. In the digits demo,
 # whose student is wrong about half of its sums, it is 0.04 at most.
@@ -66,7 +69,7 @@ class RunWarnings(TrainerCallback):
         self._given.clear()
         message = check_sampling(args)
         if state.is_world_process_zero and message is not None:
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message)
 
     def on_log(self, args: GNDPOConfig, state: TrainerState, control: TrainerControl, **kwargs):
         # Evaluations and the summary at the end have no "loss".
@@ -76,7 +79,7 @@ class RunWarnings(TrainerCallback):
         for check in CHECKS:
             if check not in self._given and (message := check(history, args)) is not None:
                 self._given.add(check)
-                warnings.warn(message, stacklevel=2)
+                warnings.warn(message)
 
 
 def check_sampling(args: GNDPOConfig) -> str | None:
@@ -111,6 +114,66 @@ def first_and_latest(history: History, name: str) -> tuple[float, float] | None:
         return None
     first, last = mean([entry for entry in history if entry["step"] < start + WINDOW], name), latest(history, name)
     return None if first is None or last is None else (first, last)
+
+
+def check_nothing(history: History, args: GNDPOConfig) -> str | None:
+    """No step changes anything, or none has anything of the teacher in it."""
+    rate, norm = latest(history, "learning_rate"), latest(history, "grad_norm")
+    if rate == 0:
+        return (
+            "`learning_rate` was 0 in the latest steps, so that the student stays as it is. Raise it, or look at "
+            f"`lr_scheduler_type` ({args.lr_scheduler_type}) and the steps of its warmup."
+        )
+    if latest(history, "advantages/num_tokens") == 0:
+        return f"No token is learned from: {why_no_token(history, args)}"
+    if norm == 0 and check_noise(history, args) is None:  # which says it already
+        return f"The gradient is 0, so that nothing is learned: {why_no_gradient(history, args)}"
+    return None
+
+
+def why_no_token(history: History, args: GNDPOConfig) -> str:
+    unknown = latest(history, "teacher/unknown_tokens")
+    if unknown:
+        return (
+            f"the teacher knows the log-prob of none (`teacher/unknown_tokens` is {unknown:.0f}, and `advantages/num_tokens` "
+            "0). Look at the log of the teacher's server, or at what your `Teacher` returns."
+        )
+    if args.mask_truncated_completions and latest(history, "completions/clipped_ratio") == 1:
+        return (
+            f"all completions are cut off at `max_completion_length` ({args.max_completion_length}), and "
+            "`mask_truncated_completions` leaves them out. Raise the one or unset the other, and see whether the student ends "
+            "its turns with the teacher's token."
+        )
+    if latest(history, "completions/max_length") == 0:
+        return "all completions are empty. Look at the prompts, and at what samples them."
+    return (
+        "all of them are masked (`advantages/num_tokens` is 0). Look at the masks of your `rollout_func`, tools or environment, "
+        f"and at the sampler's correction (`vllm_importance_sampling_mode`, {args.vllm_importance_sampling_mode!r})."
+    )
+
+
+def why_no_gradient(history: History, args: GNDPOConfig) -> str:
+    score_std, advantage_std = latest(history, "score/std"), latest(history, "advantages/std")
+    if advantage_std is not None and advantage_std > UNDERFLOW:
+        return (
+            "there are advantages, but none reaches a parameter that is trained. Look at which have `requires_grad`, whether "
+            "adapters are active, and at the dtype."
+        )
+    if score_std == 0:
+        return (
+            f"all scores are {latest(history, 'score/mean'):.2g}. If that is 0, the teacher is the student itself and reads the "
+            "same prompt: look at `teacher_model` and `teacher_prompt`."
+        )
+    if score_std is None or latest(history, "advantages/undefined"):
+        return (
+            f'with `advantage_normalization="{args.advantage_normalization}"`, no completion has two tokens to be compared '
+            'with (`advantages/undefined`). Set it to "global", have more completions in a generation batch, or raise '
+            "`max_completion_length`."
+        )
+    return (
+        f"the advantages are 0 as well, though the scores have a standard deviation of {score_std:.2g} nats. Look at "
+        f"`std_floor` ({args.std_floor}), which they are divided by, and at `distillation_coef` ({args.distillation_coef})."
+    )
 
 
 def check_noise(history: History, args: GNDPOConfig) -> str | None:
@@ -222,4 +285,13 @@ def check_drift(history: History, args: GNDPOConfig) -> str | None:
     )
 
 
-CHECKS = (check_noise, check_clamp, check_length, check_handful, check_entropy, check_teacher_time, check_drift)
+CHECKS = (
+    check_nothing,
+    check_noise,
+    check_clamp,
+    check_length,
+    check_handful,
+    check_entropy,
+    check_teacher_time,
+    check_drift,
+)

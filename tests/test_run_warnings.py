@@ -1,5 +1,6 @@
 """Warnings about a run: each on a run that gives cause for it and on one that does not."""
 
+import math
 import warnings
 from collections import Counter
 
@@ -12,6 +13,7 @@ from gndpo_trl.run_warnings import (
     check_drift,
     check_handful,
     check_noise,
+    check_nothing,
     check_sampling,
     check_teacher_time,
     first_and_latest,
@@ -20,6 +22,8 @@ from gndpo_trl.run_warnings import (
 
 
 SIGNS = {
+    "no token": "No token is learned from",
+    "no gradient": "The gradient is 0",
     "noise": "is trained on noise",
     "clamp": "clamps",
     "length": "Completions that end have grown",
@@ -55,6 +59,35 @@ def given(trainer, **options) -> Counter:
 
 def test_an_ordinary_run_gives_none(make_trainer):
     assert not given(make_trainer(max_steps=25, per_device_train_batch_size=16))
+
+
+def masked(row: int, step: int) -> list[int]:
+    return [11 + row + place for place in range(8)]
+
+
+NOTHING = {
+    "unknown": (
+        {"teacher_model": Table(**{f"token_{token}": math.nan for token in range(NUM_TOKENS)})},
+        "knows the log-prob of none",
+    ),
+    "truncated": (
+        {"mask_truncated_completions": True, "trainer_options": canned(masked)},
+        r"all completions are cut off at `max_completion_length` \(8\)",
+    ),
+    "empty statistics": (
+        {"max_completion_length": 1, "advantage_normalization": "sequence"},
+        'with `advantage_normalization="sequence"`, no completion has two tokens to',
+    ),
+    "frozen": ({"learning_rate": 0.0}, "`learning_rate` was 0 in the latest steps"),
+    "floor": ({"std_floor": 1e38}, r"Look at `std_floor` \(1e\+38\)"),
+}
+
+
+@pytest.mark.parametrize("options, reason", NOTHING.values(), ids=NOTHING)
+def test_a_run_that_learns_nothing_says_why(make_trainer, options, reason):
+    trainer = make_trainer(max_steps=10, **options)
+    with pytest.warns(UserWarning, match=reason):
+        trainer.train()
 
 
 def test_a_student_that_is_its_teacher(make_trainer, checkpoints):
@@ -178,6 +211,25 @@ def test_the_teachers_time_is_that_of_an_optimizer_step(make_config):
     history = entries(range(1, 11), **{"time/teacher_scoring": [4.0] * 10, "step_time": [10.0] * 10})
     config = make_config(steps_per_generation=2, gradient_accumulation_steps=4)
     assert "takes 8.0 of the 10.0 seconds" in check_teacher_time(history, config)
+
+
+@pytest.mark.parametrize(
+    "metrics, reason",
+    [
+        ({"advantages/num_tokens": 0, "completions/max_length": 0.0}, "all completions are empty"),
+        ({"advantages/num_tokens": 0, "completions/max_length": 3.0}, "look at the masks"),
+        ({"grad_norm": 0.0, "score/std": 0.0, "score/mean": 0.0, "advantages/std": 0.0}, "all scores are 0"),
+        ({"grad_norm": 0.0, "score/std": 1.0, "advantages/std": 1.0}, "which have `requires_grad`"),
+        ({"grad_norm": 0.0, "score/std": None, "advantages/std": None}, "have more completions"),
+        ({"grad_norm": 1e-9, "score/std": 1.0, "advantages/std": 1.0}, None),
+        ({"score/std": 1.0, "advantages/std": 1.0}, None),  # without `max_grad_norm` there is no norm
+    ],
+)
+def test_why_nothing_is_learned(make_config, metrics, reason):
+    message = check_nothing(
+        entries([10], **{name: [value] for name, value in metrics.items()}), make_config(std_floor=0.1)
+    )
+    assert message is None if reason is None else reason in message.replace("Look", "look")
 
 
 def test_the_floor_and_the_number_of_tokens_are_looked_at(make_config):
