@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import torch
 from transformers import TrainerCallback
 
 from gndpo_trl.grpo.checkpoints import CheckpointMixin, last_whole_checkpoint
-from gndpo_trl.grpo.run_folder import lock
+from gndpo_trl.grpo.run_folder import DiskFull, lacks_room, lock
 
 
 # Four micro-batches for each generation, one for each step: a checkpoint after two steps is in the middle.
@@ -300,3 +301,48 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "lockf", refuse)
     with pytest.warns(UserWarning, match="has no locks .*No locks available.*: nothing keeps a second run"):
         lock(str(tmp_path)).close()
+
+
+# What torch says where the system said that there is no space.
+LOST = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 57664 vs 57552")
+
+
+def test_a_full_disk_is_called_that(make_trainer, saved, monkeypatch):
+    def fail(*args, **kwargs):
+        raise LOST
+
+    trainer = make_trainer(output_dir=saved, max_steps=4, **MIDDLE)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", fail)
+        with pytest.raises(RuntimeError, match="unexpected pos"):  # there is room: it is something else
+            trainer.train(resume_from_checkpoint=True)
+        patch.setattr(tempfile, "TemporaryFile", lambda dir: open("/dev/full", "wb"))
+        with pytest.raises(
+            DiskFull, match=rf"{saved}/checkpoint-4' is full.* The last whole checkpoint is '{saved}/checkpoint-2'"
+        ):
+            trainer.train(resume_from_checkpoint=True)
+        patch.setattr(trainer.model, "save_pretrained", fail)
+        with pytest.raises(DiskFull, match=rf"The disk or quota of '{saved}' is full"):
+            trainer.save_model()
+    assert trainer.train(resume_from_checkpoint=True).global_step == 4
+
+
+def chained(error: Exception) -> RuntimeError:
+    last = RuntimeError("could not write")
+    last.__context__ = error
+    return last
+
+
+@pytest.mark.parametrize(
+    "error, is_full",
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (chained(OSError(errno.ENOSPC, "No space left on device")), True),
+        (Exception("Error while serializing: I/O error: No space left on device (os error 28)"), True),
+        (OSError(errno.EACCES, "Permission denied"), False),
+        (LOST, False),
+    ],
+)
+def test_an_error_that_is_a_full_disk(tmp_path, error, is_full):
+    assert lacks_room(error, str(tmp_path)) == is_full

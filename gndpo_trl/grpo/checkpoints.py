@@ -1,11 +1,12 @@
 """Runs that begin clean, and checkpoints that are whole or absent and hold what a `GRPOTrainer` needs to go on exactly."""
 
+import errno
 import json
 import os
 import re
 import signal
 import warnings
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from glob import glob
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.serialization import default_restore_location
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .run_folder import held_by_one_run
+from .run_folder import DiskFull, held_by_one_run, lacks_room
 from .sigterm import AgreedJITCheckpointCallback, JITCheckpointCallback
 from .trl_hooks import TRAINER_STATE_NAME
 
@@ -45,6 +46,7 @@ class CheckpointMixin:
       refused.
     - `enable_jit_checkpoint` saves on SIGTERM at the end of the same step on all ranks, and then ends the process: what would
       come after `train` is for a run that is over.
+    - A disk that is full while a checkpoint or a result is written is called that, in a [`DiskFull`].
     - A run that ends by a [`RunCannotGoOn`] saves its last step first, whatever `save_strategy` says.
     - A run that goes on in a later epoch reads the prompts of that epoch, each once; TRL's sampler would begin with those of
       the first. One that is resumed after its last step makes no other.
@@ -246,8 +248,34 @@ class CheckpointMixin:
                 if os.path.exists(path):
                     os.remove(path)
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
+        with self._saying_that_the_disk_is_full(self.args.output_dir):
+            super()._save_checkpoint(model, trial)
         self._saved_step = self.state.global_step
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        with self._saying_that_the_disk_is_full(output_dir or self.args.output_dir):
+            super().save_model(output_dir, _internal_call)
+
+    @contextmanager
+    def _saying_that_the_disk_is_full(self, folder: str):
+        try:
+            yield
+        except DiskFull:
+            raise
+        except Exception as error:
+            if not lacks_room(error, folder):
+                raise
+            whole = list(whole_checkpoints(self.args.output_dir).values())
+            remedy = (
+                f"The last whole checkpoint is {whole[-1]!r}: make room, and go on with `resume_from_checkpoint=True`."
+                if whole
+                else "There is no whole checkpoint yet: make room, and begin again."
+            )
+            raise DiskFull(
+                errno.ENOSPC,
+                f"The disk or quota of {folder!r} is full, and what was being written there is of no use. {remedy} "
+                "`save_total_limit` bounds how many are kept.",
+            ) from error
 
     # The last thing that all ranks do for a checkpoint before the main one writes its `trainer_state.json`.
     def _save_rng_state(self, output_dir):

@@ -1,9 +1,10 @@
-"""The folder that a run writes to: held by one run at a time."""
+"""The folder that a run writes to: held by one run at a time, and no longer than it has room."""
 
 import errno
 import fcntl
 import os
 import socket
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 
 
+PROBE = 2**20  # bytes that a disk with room takes
 LOCK = "_run.lock"  # with an underscore, which keeps it out of what transformers pushes to the Hub
 
 
@@ -73,3 +75,33 @@ def lock(folder: str) -> TextIO:
     file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
     file.flush()
     return file
+
+
+class DiskFull(OSError):
+    """Raised in the place of whatever a library says when there is no room for what it writes."""
+
+
+def lacks_room(error: BaseException, folder: str) -> bool:
+    """
+    Whether an error of writing to a folder is that of a full disk or quota.
+
+    Where torch writes a file, what the system said is lost ("unexpected pos 57664"), and what safetensors says of it is a
+    text. The disk itself is asked then: a quota is no part of what it says is free, so that a little is written to it.
+    """
+    cause = error
+    while cause is not None:
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if any(f"os error {number})" in str(cause) for number in (errno.ENOSPC, errno.EDQUOT)):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    if not isinstance(error, OSError | RuntimeError):
+        return False
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(os.urandom(PROBE))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as refusal:
+        return refusal.errno in (errno.ENOSPC, errno.EDQUOT)
+    return False
