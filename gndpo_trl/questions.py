@@ -6,6 +6,7 @@ import torch
 from accelerate.utils import gather
 
 from .grpo.data_checks import by_argument
+from .grpo.ranks import raised_on_all_ranks
 from .grpo.rollouts import check_images_were_kept
 from .teachers.prompt_fn import Completion, TeacherPromptFn, group_completions, write_prompts
 from .teachers.prompts import TeacherPrompts
@@ -26,9 +27,12 @@ class QuestionsMixin:
 
     def _question(self, mode: str, rollout: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
         """The rollout as the teacher reads it, which has begun to."""
-        check_images_were_kept(rollout, self.max_completion_length)
+        with raised_on_all_ranks():
+            check_images_were_kept(rollout, self.max_completion_length)
         with self.clock.phase("teacher_scoring"):
-            question = self._teacher_prompts.exchange({**rollout, "rows": self._with_teacher_prompts(mode, rows)})
+            rows = self._with_teacher_prompts(mode, rows)
+            with raised_on_all_ranks():
+                question = self._teacher_prompts.exchange({**rollout, "rows": rows})
             self.teacher.start(question)
         return question
 
@@ -50,7 +54,9 @@ class QuestionsMixin:
         if self.teacher_prompt_fn is None:
             return rows
         completions, self._completions = self._completions, ()
-        rows = self._with_open_pictures(write_prompts(self.teacher_prompt_fn, rows, list(completions)))
+        with raised_on_all_ranks():
+            rows = write_prompts(self.teacher_prompt_fn, rows, list(completions))
+        rows = self._with_open_pictures(rows)
         has_own = [float(row["teacher_prompt"] is not None) for row in rows]
         share = gather(torch.tensor(has_own, device=self.accelerator.device)).mean().item()
         self._metrics[mode]["teacher/own_prompts"].append(share)

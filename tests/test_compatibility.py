@@ -6,7 +6,7 @@ import pytest
 import tiny_models
 from datasets import Dataset
 
-from gndpo_trl.teachers import LocalTeacher
+from gndpo_trl.teachers import LocalTeacher, ServerTeacher
 from gndpo_trl.teachers.compatibility import check_compatibility, describe, warn_on_chat_template
 
 
@@ -194,9 +194,12 @@ def test_images_are_counted_in_a_template_that_wants_more():
         check((student, processor), (teacher, other))
 
 
-def test_text_before_a_teacher_that_has_a_template_is_warned_about(text_dataset, recwarn):
+@pytest.mark.parametrize(
+    "make_teacher", [LocalTeacher, lambda model, tokenizer: ServerTeacher("http://localhost:9", tokenizer)]
+)
+def test_text_before_a_teacher_that_has_a_template_is_warned_about(text_dataset, recwarn, make_teacher):
     model, tokenizer = tiny_models.build_qwen3()
-    teacher = LocalTeacher(model, tokenizer)
+    teacher = make_teacher(model, tokenizer)
     texts = Dataset.from_dict({"prompt": ["one plus two"]})
     rendered = tokenizer.apply_chat_template(text_dataset[0]["prompt"], tokenize=False, add_generation_prompt=True)
     recwarn.clear()

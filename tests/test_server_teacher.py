@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, TrainerCallback
 from gndpo_trl.grpo.checkpoints import RunCannotGoOn
 from gndpo_trl.grpo.rollouts import valid_tokens
 from gndpo_trl.teachers import LocalTeacher, ServerTeacher
+from gndpo_trl.teachers.compatibility import describe
 from gndpo_trl.teachers.served.questions import Picture, Question, split
 from gndpo_trl.teachers.served.servers import ServerError
 
@@ -200,6 +201,19 @@ def test_a_run_on_pictures_in_messages_is_that_with_the_same_teacher_here(make_t
     # Without its pictures, such a prompt is not asked about at all.
     with pytest.raises(RunCannotGoOn, match="has 0 pictures for the teacher, and placeholders for others"):
         trainer.teacher.per_token_logps({**rollout, "rows": [{"prompt": "text"}] * 8})
+
+
+def test_pictures_are_tried_in_the_template_of_the_student(serve, checkpoints, recwarn):
+    server = serve(checkpoints["qwen25vl-teacher"], max_model_len=4096)
+    student = describe("model", checkpoints["qwen25vl-student"])
+    template, refusal = student.processing_class.chat_template, "{{ raise_exception('not this') }}"
+    demands = "{% if messages[0].role != 'system' or style is not defined %}" + refusal + "{% endif %}"
+    student.processing_class.chat_template, student.template_kwargs = demands + template, {"style": "short"}
+    ServerTeacher(server.url).check(student)
+    assert server.pictures and not [warning for warning in recwarn if "NOT checked" in str(warning.message)]
+    student.processing_class.chat_template = refusal
+    with pytest.warns(UserWarning, match="NOT checked whether the teacher's server reads images as the student does"):
+        ServerTeacher(server.url).check(student)
 
 
 def test_a_placeholder_that_the_student_samples_is_unknown_to_the_teacher(make_trainer, serve, checkpoints):

@@ -8,7 +8,9 @@ import pytest
 import torch
 from datasets import Dataset
 from packaging.version import Version
+from stand_in_server import StandInServer
 from trl import GRPOConfig, GRPOTrainer
+from trl.generation import vllm_client
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -17,6 +19,7 @@ from gndpo_trl.grpo.vllm import VLLMConfig, check_sampling_logps, logp_differenc
 from gndpo_trl.grpo.vllm_engine import (
     BELOW_VLLM,
     MIN_VLLM,
+    ExactVLLMClient,
     check_image_limit,
     check_prompt_ids,
     check_prompt_length,
@@ -194,3 +197,16 @@ def test_trl_supports_every_version_that_is_accepted():
     assert f'Version("{MIN_VLLM}") <=' in source
     (most,) = (part.split('"')[1] for part in source.split("<= Version(")[1:])
     assert Version(BELOW_VLLM) <= Version(most)
+
+
+def test_a_server_whose_template_takes_no_image_is_told_from_others(checkpoints, monkeypatch):
+    monkeypatch.setattr(vllm_client, "is_vllm_available", lambda: True)
+    server = StandInServer(checkpoints["qwen25vl-student"])
+    refusal = 400, {"error": {"message": "begin with a system message"}}
+    server.misbehave = lambda path, body, answer: {"/health": (200, {})}.get(path, refusal if body else answer)
+    try:
+        client = ExactVLLMClient(base_url=server.url)
+        with pytest.raises(ValueError, match="server at .* takes no image: .*`--chat-template`.*begin with a system"):
+            client.try_an_image(3)
+    finally:
+        server.stop()

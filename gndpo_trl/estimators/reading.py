@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from accelerate.utils import gather, gather_object
+from accelerate.utils import gather
 from transformers import PreTrainedTokenizerBase
 
 from ..grpo.hidden_states import HiddenStates
-from ..grpo.rollouts import leave_out, non_finite, valid_tokens
+from ..grpo.ranks import raised_on_all_ranks
+from ..grpo.rollouts import check_finite, leave_out, valid_tokens
 from ..objective.distributions import Comparison
 
 
@@ -67,17 +68,11 @@ def settle(
     reading.unknown = missing & valid & forgiven
     leave_out(rollout, reading.unknown, gather)
     mask = valid & ~reading.unknown
-    problems = [non_finite("teacher", values, rollout, mask, tokenizer) for values in reading.of_teacher()]
-    if not reading.is_estimate:
-        problems.append(non_finite("student", reading.student_logps, rollout, mask, tokenizer))
-    if reading.reference_logps is not None:
-        problems.append(non_finite("reference", reading.reference_logps, rollout, mask, tokenizer))
-    raise_together(problems, mask.device)
+    with raised_on_all_ranks():
+        for values in reading.of_teacher():
+            check_finite("teacher", values, rollout, mask, tokenizer)
+        if not reading.is_estimate:
+            check_finite("student", reading.student_logps, rollout, mask, tokenizer)
+        if reading.reference_logps is not None:
+            check_finite("reference", reading.reference_logps, rollout, mask, tokenizer)
     return mask & reading.student_logps.isfinite() if reading.is_estimate else mask
-
-
-def raise_together(problems: list[str | None], device: torch.device) -> None:
-    """Raise the first problem of any rank, as `ValueError` on all of them, which call this together."""
-    found = [problem for problem in problems if problem is not None]
-    if gather(torch.tensor([len(found)], device=device)).sum() > 0:
-        raise ValueError(gather_object(found)[0])

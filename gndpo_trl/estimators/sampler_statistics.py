@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 
-from ..grpo.rollouts import non_finite, valid_tokens
+from ..grpo.ranks import raised_on_all_ranks
+from ..grpo.rollouts import check_finite, valid_tokens
 from ..objective.advantages import Population
 from ..objective.scores import Score
 from .estimator import Sampled
-from .reading import Reading, raise_together
+from .reading import Reading
 
 
 class SamplerStatistics(Sampled):
@@ -52,7 +53,8 @@ class SamplerStatistics(Sampled):
         if "teacher_per_token_logps" not in inputs:
             return super().advantages_in_loss(logps, inputs)
         logps, mask = logps.detach(), valid_tokens(inputs)
-        raise_together([non_finite("student", logps, inputs, mask, self.models.tokenizer)], logps.device)
+        with raised_on_all_ranks():
+            check_finite("student", logps, inputs, mask, self.models.tokenizer)
         self.models.watch_sampler(inputs, logps)
         scores = self.score(inputs["teacher_per_token_logps"], logps, mask, inputs["reference_logps"])
         advantages = self.population.whiten(scores.shaped, mask, inputs["score_moments"])

@@ -15,6 +15,7 @@ from .branch_attention import core_of
 from .hidden_states import head_of
 from .microbatches import LeftAligned, select_rows
 from .modes import evaluating
+from .routers import quiet_routers
 from .trl_hooks import HeadCall, HeadFields, lm_head_read_by
 
 
@@ -57,7 +58,7 @@ class HeadCheckMixin:
             return
         batch, tokens = self._probe(rows)
         problem = None
-        with torch.no_grad(), evaluating(model):
+        with torch.no_grad(), evaluating(model), quiet_routers(core):
             try:
                 fused, call = self._fused_logps(model, dict(batch), tokens)
             except torch.OutOfMemoryError:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from .branch_attention import core_of, has_grid_positions
 from .microbatches import LeftAligned, select_rows
+from .routers import quiet_routers
 from .shared_prompts import SharedPrompts
 from .trl_hooks import HeadCall, HeadFields, lm_head_read_by, real_tokens_in_lm_head
 
@@ -56,9 +57,10 @@ class Passes:
         """
         batch = dict(batch)
         places = batch.pop("places", None)
-        if prompts is None:
-            return self._run_separate(model, batch, places, logits_to_keep, **options)
-        return self._run_shared(model, batch, places, logits_to_keep, prompts, problems, **options)
+        with quiet_routers(self.core(model)):
+            if prompts is None:
+                return self._run_separate(model, batch, places, logits_to_keep, **options)
+            return self._run_shared(model, batch, places, logits_to_keep, prompts, problems, **options)
 
     @contextmanager
     def reading_head(self, reader: HeadReader) -> Iterator[None]:

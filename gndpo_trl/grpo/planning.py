@@ -93,8 +93,7 @@ class PassPlanner:
         if self.reasons[core] is not None or not in_loss:
             return self.reasons[core] is None
         if core not in self.reasons_in_loss:
-            reason = "it drops out" if has_dropout(core) else None
-            reason = "a router's auxiliary loss counts every token" if self.has_aux_loss else reason
+            reason = reason_in_loss(core, self.has_aux_loss)
             self.reasons_in_loss[core] = reason
             self._tell(core, reason, in_loss=True)
         return self.reasons_in_loss[core] is None
@@ -183,7 +182,7 @@ def sharing_in_run(trainer: GRPOTrainer) -> bool | None:
     reason = reason_in_run(trainer)
     if share_prompts:
         student = trainer.accelerator.unwrap_model(trainer.model)
-        reason = reason or reason_against(student)
+        reason = reason or reason_against(student) or reason_in_loss(student, trainer.aux_loss_enabled)
         if reason is not None:
             raise cannot_share(student, reason)
     if share_prompts is None and reason is not None:
@@ -202,6 +201,13 @@ def reason_in_run(trainer: GRPOTrainer) -> str | None:
     if trainer.tools and trainer._is_vlm:
         return "tools may return images, which then are in the completions"
     return None
+
+
+def reason_in_loss(model: torch.nn.Module, has_aux_loss: bool) -> str | None:
+    """What speaks against shared prompts in the loss alone, of a student, unwrapped, that shares them elsewhere."""
+    if has_aux_loss:
+        return "a router's auxiliary loss (`router_aux_loss_coef`) counts every token"
+    return "it drops out" if has_dropout(model) else None
 
 
 def cannot_share(model: torch.nn.Module, reason: str) -> ValueError:

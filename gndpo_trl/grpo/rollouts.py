@@ -33,11 +33,11 @@ def leave_out(rollout: dict[str, Any], tokens: torch.Tensor, gather: Callable[[t
     rollout["num_items_in_batch"] = gather(loss_mask(rollout).sum().unsqueeze(0)).sum()
 
 
-def non_finite(
+def check_finite(
     who: str, logps: torch.Tensor, rollout: dict[str, Any], mask: torch.Tensor, tokenizer: PreTrainedTokenizerBase
-) -> str | None:
+) -> None:
     """
-    Whether a model gave no usable log-prob for a valid token.
+    Raise where a model gave no usable log-prob for a valid token.
 
     Args:
         who (`str`): The model, for the message: `"teacher"` or `"student"`.
@@ -46,16 +46,16 @@ def non_finite(
         mask (`torch.Tensor` of shape `(B, T)`): True on valid tokens.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Decodes the prompt that the message quotes.
 
-    Returns:
-        `str` or `None`: what to tell the user, with the counts, the first prompt and what to look at; `None` if all are.
+    Raises:
+        `ValueError`: with the counts, the first prompt and what to look at.
     """
     wrong = ~logps.isfinite() & mask
     if not wrong.any():
-        return None
+        return
     row = wrong.any(-1).nonzero()[0].item()
     prompt = tokenizer.decode(rollout["prompt_ids"][row][rollout["prompt_mask"][row].bool()])
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-    return (
+    raise ValueError(
         f"The {who} gave non-finite log-probs for {wrong.sum().item()} of {mask.sum().item()} tokens, in "
         f"{wrong.any(-1).sum().item()} of {len(mask)} completions on rank {rank} "
         f"(NaN: {(logps.isnan() & mask).sum().item()}, infinite: {(logps.isinf() & mask).sum().item()}). First "

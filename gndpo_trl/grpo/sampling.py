@@ -11,6 +11,7 @@ from transformers import GenerationConfig, ProcessorMixin
 from trl import GRPOConfig, GRPOTrainer
 
 from .modes import evaluating
+from .routers import quiet_routers
 
 
 logger = get_logger(__name__)
@@ -83,7 +84,7 @@ class SamplingMixin:
     def _generate_single_turn(self, *args, **kwargs):
         temperature = getattr(self.args, "eval_temperature", None)
         training = self.model.training
-        with evaluating(self.model), self._without_leftovers():
+        with evaluating(self.model), quiet_routers(self.model), self._without_leftovers():
             if temperature is None or training:
                 return super()._generate_single_turn(*args, **kwargs)
             owner, name = (self.vllm_generation, "generation_kwargs") if self.use_vllm else (self, "generation_config")

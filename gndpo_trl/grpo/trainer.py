@@ -2,10 +2,8 @@
 
 import inspect
 import warnings
-from contextlib import contextmanager
 from typing import Any
 
-from accelerate.utils import gather_object
 from datasets import IterableDataset
 from trl import GRPOTrainer
 
@@ -16,7 +14,9 @@ from .evaluation_logs import EvaluationLogsMixin, check_best_metric
 from .finite_steps import FiniteStepsMixin
 from .head_check import check_head
 from .learned_prompts import check_learned_prompts
+from .ranks import raised_on_all_ranks
 from .real_tokens import RealTokensMixin
+from .routers import check_routers
 from .row_checks import RowsSeen, check_length, open_rows, positions_of
 from .sampling import SamplingMixin
 from .step_progress import StepProgressMixin
@@ -57,6 +57,7 @@ class ExtendedGRPOTrainer(
             check_images_are_read(named["processing_class"], *datasets)
         super().__init__(*args, **kwargs)
         check_trains(self.model)
+        check_routers(self.model, self.aux_loss_enabled)
         check_head("model", self.model)
         check_images_are_read(self.processing_class, *datasets)
         seen.check_against(self.processing_class, self.chat_template)
@@ -100,19 +101,6 @@ class ExtendedGRPOTrainer(
         if self.model.training:
             self._trains_on_images = has_images
         return rows
-
-
-@contextmanager
-def raised_on_all_ranks():
-    """Have all ranks raise the `ValueError` that one of them raises in here, so that none waits for the others."""
-    error = None
-    try:
-        yield
-    except ValueError as caught:
-        error = caught
-    texts = [text for text in gather_object([error and str(error)]) if text is not None]
-    if texts:
-        raise ValueError(texts[0]) from error
 
 
 def pad_on_the_left(processing_class: Any) -> None:

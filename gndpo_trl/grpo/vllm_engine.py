@@ -63,13 +63,25 @@ class ExactVLLMClient(VLLMClient):
 
         Returns:
             `int`: number of tokens in an image's placeholder, as the server sees it, that stand for no part of it.
+
+        Raises:
+            `ValueError`: if the server's chat template takes no message with an image.
         """
         images = [Image.new("RGB", (64, 64))]
-        (features,) = self.image_features([images])
         message = {"role": "user", "content": [{"type": "image", "image": images[0]}]}
         body = {"model": self.model, "messages": to_openai_messages([message]), "max_tokens": 1}
-        prompt_ids = self._post(f"{self.base_url}/v1/chat/completions/render", json=body)["token_ids"]
-        (placeholder,) = features["mm_placeholders"]["image"]
+        try:
+            (features,) = self.image_features([images])
+            prompt_ids = self._post(f"{self.base_url}/v1/chat/completions/render", json=body)["token_ids"]
+            (placeholder,) = features["mm_placeholders"]["image"]
+        except OSError:  # it cannot be reached
+            raise
+        except Exception as error:  # TRL's client raises nothing else at an answer that is none
+            raise ValueError(
+                f"The vLLM server at {self.base_url} takes no image: TRL sends images in a user's message, without a system "
+                "message, and the server's chat template has to render it, whatever that of the student is. Serve an image-text "
+                f"model, with a template that does (`--chat-template`). The answer was: {error!r}"
+            ) from error
         length = prompt_ids.count(image_token_id)
         run = {"offset": prompt_ids.index(image_token_id), "length": length}
         self.generate([prompt_ids], features=[{**features, "mm_placeholders": {"image": [run]}}], max_tokens=1)

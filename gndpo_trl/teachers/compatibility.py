@@ -352,6 +352,8 @@ def warn_on_text_prompts(field: str, dataset: Any, teacher: ModelDescription) ->
     """Warn if prompts of a data set are plain text, unlike what the teacher knows: its own chat template."""
     if getattr(teacher.processing_class, "chat_template", None) is None or not isinstance(dataset, Dataset):
         return
+    if "teacher_prompt" in dataset.column_names:
+        return
     if dataset.features.get("prompt") not in (Value("string"), Value("large_string")) or len(dataset) == 0:
         return
     opening = answer_opening(lambda probe, closed: render(teacher.processing_class, probe, closed=closed))

@@ -102,7 +102,7 @@ class LocalTeacher(Teacher):
         check_compatibility(student, self.description)
 
     def check_data(self, field: str, dataset: Any, has_prompt_fn: bool) -> None:
-        if not has_prompt_fn and "teacher_prompt" not in (getattr(dataset, "column_names", None) or ()):
+        if not has_prompt_fn:
             warn_on_text_prompts(field, dataset, self.description)
 
     def prepare(self, student: PreTrainedModel, accelerator: Accelerator, score: Score) -> None:

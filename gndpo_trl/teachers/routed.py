@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TrainerCallback
 
 from ..grpo.hidden_states import HiddenStates
 from ..grpo.microbatches import select_rows
+from ..grpo.ranks import raised_on_all_ranks
 from ..objective.distributions import LMHead
 from .compatibility import ModelDescription
 from .teacher import ReadHiddenStates, Score, Teacher
@@ -139,7 +140,8 @@ class RoutedTeacher(Teacher):
         The number of each teacher, the teacher, what it is asked, and for which rows; the same teachers and numbers of rows on
         all processes.
         """
-        numbers = self.route(rollout["rows"])
+        with raised_on_all_ranks():
+            numbers = self.route(rollout["rows"])
         rows = [[row for row, number in enumerate(numbers) if number == k] for k in range(len(self.names))]
         counts = torch.tensor([[len(mine) for mine in rows]], device=rollout["completion_ids"].device)
         questions = []

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ..grpo.data_checks import rows_with_values
 from ..grpo.hidden_states import HiddenStates
+from ..grpo.ranks import raised_on_all_ranks
 from ..grpo.trl_hooks import maybe_gather_lm_head_ctx
 from .local import LocalTeacher
 from .teacher import ReadHiddenStates, Score, Teacher
@@ -42,8 +43,11 @@ class NeedsPrompts(Teacher):
             self._refuse(columns)
 
     def check_rows(self, rows: list[dict[str, Any]]) -> None:
-        if self.looks_at_rows and not any("teacher_prompt" in row for row in rows):
-            self._refuse(sorted(rows[0]))
+        if not self.looks_at_rows:
+            return
+        with raised_on_all_ranks():
+            if not any("teacher_prompt" in row for row in rows):
+                self._refuse(sorted(rows[0]))
 
     def _refuse(self, columns: list[str]) -> None:
         raise ValueError(

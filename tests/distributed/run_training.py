@@ -82,13 +82,15 @@ def char_reward(completions, **kwargs):
     return [float(len(completion[0]["content"])) for completion in completions]
 
 
-def brief_all_but_the_longest(groups: list):
+def brief_all_but_the_longest(groups: list, fails: bool = False):
     """A `teacher_prompt_fn` that keeps what it saw of groups, in `groups`."""
 
     def teacher_prompt_fn(rows, completions):
         groups.extend([[(one.text, one.rewards["char_reward"]) for one in each.group] for each in completions])
         words = [row["prompt"][0]["content"].split()[2] for row in rows]
         longest = [max(each.group, key=lambda one: one.num_tokens) for each in completions]  # of equals, the first
+        if fails:
+            raise KeyError("no such brief")
         return [
             None if each is other else [{"role": "user", "content": f"one plus one is what ? what is {word} ?"}]
             for each, other, word in zip(completions, longest, words, strict=True)
@@ -110,11 +112,12 @@ def train(spec: dict) -> dict:
     quantization_config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_storage=torch.float32
     )
-    groups = []
+    groups, is_last = [], PartialState().is_last_process
+    fails = spec.get("fail") == "prompt_fn" and is_last
     trainer = GNDPOTrainer(
         model=spec["model"],
         reward_funcs=char_reward if spec.get("prompt_fn") else None,
-        teacher_prompt_fn=brief_all_but_the_longest(groups) if spec.get("prompt_fn") else None,
+        teacher_prompt_fn=brief_all_but_the_longest(groups, fails) if spec.get("prompt_fn") else None,
         teacher_model=(
             {"first": spec["teacher"], "second": LocalTeacher(spec["model"])}
             if spec.get("routed")
@@ -127,7 +130,7 @@ def train(spec: dict) -> dict:
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if spec.get("lora") else None,
         quantization_config=quantization_config if spec.get("lora") == "4bit" else None,
     )
-    fail = spec.get("fail") if trainer.accelerator.is_last_process else None
+    fail = spec.get("fail") if is_last else None
     if fail == "teacher":
         score = trainer.teacher.score
         trainer.teacher.score = lambda model, rollout: score(model, rollout) * float("nan")

@@ -51,6 +51,13 @@ def test_a_rank_that_fails_brings_the_job_down_with_its_message(launch, accelera
     assert time.monotonic() - start < 60 + 30  # a minute after a start of less than 30 seconds
 
 
+@pytest.mark.parametrize("accelerate_config", ["ddp"])
+def test_what_a_users_function_raises_on_one_rank_ends_the_others(launch, accelerate_config):
+    run = launch(accelerate_config, config={"per_device_train_batch_size": 2}, prompt_fn=True, fail="prompt_fn")
+    assert run.returncode != 0 and not run.reports
+    assert "ValueError: KeyError: 'no such brief'" in run.output  # of the other
+
+
 def mislead_once(server: StandInServer) -> None:
     """Answer a single request, of one of the ranks, in a form that no server has."""
     asked = []

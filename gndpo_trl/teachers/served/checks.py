@@ -1,8 +1,10 @@
 """What vLLM servers are asked at the start: what they run, and whether it can score what the student samples."""
 
 import math
+import warnings
 from bisect import bisect_left
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from ..compatibility import (
     ProcessingClass,
     check_vocabularies,
     describe,
+    render,
+    try_probes,
     warn_on_chat_template,
     warn_on_special_tokens,
 )
@@ -50,6 +54,15 @@ class Wanted:
     load_options: dict[str, Any]
     max_completion_length: int | None
 
+    @cached_property
+    def description(self) -> ModelDescription | None:
+        """What is known of it from `path` or `processing_class`; `None` if neither was given."""
+        if self.path is not None:
+            return describe("teacher_model_name_or_path", self.path, self.processing_class, **self.load_options)
+        if self.processing_class is not None:
+            return ModelDescription(self.name or "behind a server", None, None, self.processing_class)
+        return None
+
 
 def check_servers(servers: VLLMServers, wanted: Wanted, student: ModelDescription) -> ServedModel:
     """
@@ -72,7 +85,14 @@ def check_servers(servers: VLLMServers, wanted: Wanted, student: ModelDescriptio
         check_same(servers.urls, [check_text(one, model, student.tokenizer) for one in servers.alone()])
         if isinstance(student.processing_class, ProcessorMixin):
             for size in PROBE_SIZES:
-                probes = picture_probes(student.processing_class, size)
+                probes = picture_probes(student, size)
+                if probes is None:
+                    warnings.warn(
+                        "The student's chat template refuses every question that it was tried on, so that it is NOT checked "
+                        "whether the teacher's server reads images as the student does.",
+                        stacklevel=3,
+                    )
+                    break
                 if size == PROBE_SIZES[0] or len(probes[0].ids) < model.max_model_len:
                     check_same(servers.urls, [check_pictures(one, model, probes) for one in servers.alone()])
     except ServerError as error:
@@ -143,11 +163,8 @@ def find_placeholders(student: ModelDescription) -> tuple[int | None, frozenset[
 
 def check_tokens(servers: VLLMServers, model: ServedModel, wanted: Wanted, student: ModelDescription) -> None:
     """Compare the tokenizers: with the teacher's if it was given, else with the server's answers."""
-    if wanted.path is not None:
-        teacher = describe("teacher_model_name_or_path", wanted.path, wanted.processing_class, **wanted.load_options)
-    elif wanted.processing_class is not None:
-        teacher = ModelDescription(model.name, None, None, wanted.processing_class)
-    else:
+    teacher = wanted.description
+    if teacher is None:
         check_texts(servers, model, student.tokenizer, sorted(student.tokenizer.get_vocab().values()))
         return
     check_vocabularies(student.tokenizer, teacher.tokenizer)
@@ -210,12 +227,13 @@ def check_text(server: VLLMServers, model: ServedModel, tokenizer: PreTrainedTok
     return logps
 
 
-def picture_probes(processor: ProcessorMixin, size: tuple[int, int]) -> list[Question]:
-    """The same prompt with two different pictures of that size."""
-    image = Image.linear_gradient("L").resize(size).convert("RGB")
-    message = {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": PROBE}]}
-    inputs = processor.apply_chat_template([[message]], tokenize=True, return_dict=True)
-    ids = tuple(int(id) for id in inputs["input_ids"][0])
+def picture_probes(student: ModelDescription, size: tuple[int, int]) -> list[Question] | None:
+    """The same prompt with two different pictures of that size; `None` if the student's chat template takes none."""
+    processor, image = student.processing_class, Image.linear_gradient("L").resize(size).convert("RGB")
+    prompt = try_probes(lambda probe: render(processor, probe, [image], **student.template_kwargs))
+    if prompt is None:
+        return None
+    ids = tuple(int(id) for id in processor(text=[prompt], images=[[image]])["input_ids"][0])
     return [Question(ids, 1, (Picture.of(one),)) for one in (image, ImageOps.invert(image))]
 
 

@@ -12,7 +12,8 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
 from ...grpo.checkpoints import RunCannotGoOn
-from ..compatibility import ModelDescription, ProcessingClass
+from ...grpo.ranks import raised_on_all_ranks
+from ..compatibility import ModelDescription, ProcessingClass, warn_on_text_prompts
 from ..prompts import images_of
 from ..teacher import Score, Teacher
 from .checks import Wanted, check_servers
@@ -111,17 +112,13 @@ class ServerTeacher(Teacher):
         """
         if student.processing_class is None:
             return  # TRL refuses the student
-        problem = None
-        try:
+        with raised_on_all_ranks():
             self.model = check_servers(self.servers, self.wanted, student)
             self.vocab_size = self.model.vocab_size
-        except Exception as error:  # the other ranks are to end as well
-            problem = error
-        problems = [text for text in gather_object([None if problem is None else str(problem)]) if text is not None]
-        if problem is not None:
-            raise problem
-        if problems:
-            raise ValueError(problems[0])
+
+    def check_data(self, field: str, dataset: Any, has_prompt_fn: bool) -> None:
+        if not has_prompt_fn and self.wanted.description is not None:
+            warn_on_text_prompts(field, dataset, self.wanted.description)
 
     def prepare(self, student: PreTrainedModel, accelerator: Accelerator, score: Score) -> None:
         self.process_index = accelerator.process_index

@@ -1,0 +1,27 @@
+"""What ranks do together: they end together."""
+
+from contextlib import contextmanager
+
+from accelerate.utils import gather_object
+
+
+@contextmanager
+def raised_on_all_ranks():
+    """
+    Have all ranks raise if one of them raises in here, so that none waits for the others. All ranks enter it together, and
+    nothing in it may wait for another rank.
+
+    Raises:
+        `ValueError`: with the message of the first rank that raised, on those that did not. The others raise what they raised.
+    """
+    error = None
+    try:
+        yield
+    except Exception as caught:  # functions of the user's raise all kinds
+        error = caught
+    text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    texts = [text for text in gather_object([None if error is None else text]) if text is not None]
+    if error is not None:
+        raise error
+    if texts:
+        raise ValueError(texts[0])
