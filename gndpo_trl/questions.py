@@ -27,11 +27,10 @@ class QuestionsMixin:
 
     def _question(self, mode: str, rollout: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
         """The rollout as the teacher reads it, which has begun to."""
-        with raised_on_all_ranks():
-            check_images_were_kept(rollout, self.max_completion_length)
         with self.clock.phase("teacher_scoring"):
             rows = self._with_teacher_prompts(mode, rows)
             with raised_on_all_ranks():
+                check_images_were_kept(rollout, self.max_completion_length)
                 question = self._teacher_prompts.exchange({**rollout, "rows": rows})
             self.teacher.start(question)
         return question
