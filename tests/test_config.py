@@ -87,6 +87,20 @@ def test_values_of_other_types_that_are_meant_are_taken(make_config):
     assert config.score_clip == 5 and config.max_steps == 3
 
 
+def test_numbers_of_numpy_become_pythons(make_config):
+    """Else a checkpoint, which is JSON and plain types, could not be written, or not be read again."""
+    options = {
+        "learning_rate": np.float32(0.5),
+        "temperature": np.float64(0.5),
+        "logging_steps": np.int64(3),
+        "use_sampling_logps": np.bool_(False),
+    }
+    config = make_config(**options, per_device_train_batch_size=np.int64(4), gradient_accumulation_steps=np.int64(2))
+    for name, value in options.items():
+        assert getattr(config, name) == value and not isinstance(getattr(config, name), np.generic)
+    assert type(config.generation_batch_size) is int
+
+
 def test_the_default_batch_holds_several_prompts():
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)

@@ -296,6 +296,12 @@ def test_a_mistyped_teacher_is_named(make_trainer, monkeypatch, path):
         make_trainer(model=path)
 
 
+@pytest.mark.parametrize("teacher", [["a", "b"], 3, Teacher, {"math": None}])
+def test_what_is_no_teacher_is_named(make_trainer, teacher):
+    with pytest.raises(TypeError, match=r"`teacher_model` is .*, but a teacher is a path, .*dictionary"):
+        make_trainer(teacher_model=teacher)
+
+
 def test_paths_may_be_path_objects(make_trainer, checkpoints):
     trainer = make_trainer(model=Path(checkpoints["qwen3-student"]), teacher_model=Path(checkpoints["qwen3-teacher"]))
     assert trainer.teacher.model.config.hidden_size == 48

@@ -1,5 +1,6 @@
 """What is wrong with a configuration before TRL looks at it, all of it in one message."""
 
+import dataclasses
 import math
 import types
 import typing
@@ -7,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from numbers import Integral, Real
 from typing import Any
 
+import numpy as np
 from trl import GRPOConfig
 
 from .trl_hooks import ROW_MEAN_LOSSES, TOKEN_SUM_LOSSES
@@ -43,6 +45,14 @@ def raise_problems(problems: Iterable[str]) -> None:
         raise ValueError(problems[0])
     if problems:
         raise ValueError(f"{len(problems)} settings cannot be so:\n" + "\n".join(f"- {text}" for text in problems))
+
+
+def with_plain_numbers(args: GRPOConfig) -> None:
+    """Make Python's numbers of numpy's, as a sweep has them: JSON and checkpoints can hold no others."""
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name, None)
+        if isinstance(value, np.generic):
+            setattr(args, field.name, value.item())
 
 
 def type_problems(args: GRPOConfig) -> Iterator[str]:

@@ -54,6 +54,7 @@ class LocalTeacher(Teacher):
             scores.
 
     Raises:
+        `TypeError`: if it is neither a path nor a model.
         `ValueError`: if there is no such model, if loading options come with a loaded model, if it cannot score what the
             student samples.
     """
@@ -71,6 +72,11 @@ class LocalTeacher(Teacher):
         max_completion_length: int | None = None,
     ):
         self.model = fspath(model) if isinstance(model, PathLike) else model
+        if not isinstance(self.model, str) and not hasattr(self.model, "config"):
+            raise TypeError(
+                f"`teacher_model` is {str(model)[:200]!r} ({type(model).__name__}), but a teacher is a path, a model id, a loaded "
+                "model or an instance of `Teacher`. Pass several as a dictionary of these, by name."
+            )
         if not isinstance(self.model, str) and (init_kwargs is not None or revision is not None):
             field = "teacher_model_init_kwargs" if init_kwargs is not None else "teacher_model_revision"
             raise ValueError(
