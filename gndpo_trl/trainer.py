@@ -158,7 +158,7 @@ class GNDPOTrainer(SequenceTokenMixin, QuestionsMixin, BatchLogsMixin, ExtendedG
         )
         self.teacher = get_teacher(teacher_model, teacher_processing_class, args, student)
         self.reference = get_reference(self.teacher, args, student)
-        self._scorers = list(dict.fromkeys(filter(None, (self.teacher, self.reference))))
+        self._scorers = [self.teacher] if self.reference in (None, self.teacher) else [self.teacher, self.reference]
         self.teacher_prompt_fn = teacher_prompt_fn
         self.score = Score(args.score_clip, args.score_power, args.extrapolation, args.score_discount)
         self.population = population_of(args, self.teacher)

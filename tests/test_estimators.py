@@ -88,3 +88,8 @@ def test_mistaken_estimators_are_named(make_trainer):
         make_trainer(trainer_options={"estimator": "exact"})
     with pytest.raises(ValueError, match="given twice.*`score_baseline` is 'expected'"):
         make_trainer(score_baseline="expected", trainer_options={"estimator": SmoothClamp()})
+    estimator = SmoothClamp()
+    make_trainer(trainer_options={"estimator": estimator})
+    # It would read the models of the second trainer in the steps of the first.
+    with pytest.raises(ValueError, match=r"`estimator` \(SmoothClamp\) belongs to another trainer"):
+        make_trainer(trainer_options={"estimator": estimator})

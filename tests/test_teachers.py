@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -294,6 +295,31 @@ def test_a_mistyped_teacher_is_named(make_trainer, monkeypatch, path):
         make_trainer(teacher_model=path)
     with pytest.raises(ValueError, match=f"`model` is '{path}', but no model"):
         make_trainer(model=path)
+
+
+@dataclass
+class Coin(Teacher):
+    """Has no hash, and is false, as a container without entries is."""
+
+    entries: list = field(default_factory=list)
+
+    def __len__(self):
+        return len(self.entries)
+
+    def prepare(self, student, accelerator, score):
+        self.is_prepared = True
+
+    def per_token_logps(self, rollout):
+        return torch.full(rollout["completion_ids"].shape, 0.5).log()
+
+
+def test_a_teacher_may_be_any_object(make_trainer):
+    trainer = make_trainer(teacher_model=Coin(), extrapolation=1.5)
+    assert trainer.teacher.is_prepared
+    trainer.train()
+    assert make_trainer(teacher_model=Coin()).teacher.is_prepared
+    with pytest.raises(ValueError, match="a Coin only knows the sampled tokens"):
+        make_trainer(teacher_model={"coin": Coin()}, estimator="exact")
 
 
 @pytest.mark.parametrize("teacher", [["a", "b"], 3, Teacher, {"math": None}])

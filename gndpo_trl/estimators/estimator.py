@@ -17,7 +17,7 @@ class Estimator(Surrogate):
     Decides what is read of the models, what becomes of it, and what of that the loss needs. Nearly all of it has a default,
     which is the paper's in [`Sampled`].
 
-    Pass an instance as `estimator` to the trainer, which calls, in this order and on all ranks: `check` before it loads any
+    Pass an instance as `estimator` to one trainer, which calls, in this order and on all ranks: `check` before it loads any
     model; `prepare` when the models are there; for each generation batch `read`, `advantages`, `for_the_loss` and `metrics`;
     for each micro-batch of the loss `head_reader` and `advantages_in_loss`; `save_state` and `load_state` with checkpoints that are
     written while a generation batch is in use.
@@ -74,9 +74,9 @@ class Estimator(Surrogate):
 
     def for_the_loss(self, rollout: dict[str, Any], reading: Reading, moments: torch.Tensor | None) -> dict[str, Any]:
         """
-        What this estimator wants to find in the `inputs` of the loss, beside what TRL has there: tensors or lists with an
-        entry for each row, which are split and shuffled with the rows and saved with a checkpoint. Called before `advantages`
-        replaces those `(B,)` of the rewards in the rollout.
+        What this estimator wants to find in the `inputs` of the loss, beside what TRL has there: tensors, or lists of tensors
+        and plain types, with an entry for each row, which are split and shuffled with the rows and saved with a checkpoint.
+        Called before `advantages` replaces those `(B,)` of the rewards in the rollout.
         """
         return {}
 

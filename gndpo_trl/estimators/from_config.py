@@ -24,7 +24,7 @@ def get_estimator(
 
     Raises:
         `TypeError`: if it is none.
-        `ValueError`: if it is given twice.
+        `ValueError`: if it is given twice, or belongs to another trainer already.
     """
     defaults = {"estimator": "sampled", "score_baseline": None, "use_sampling_logps": False}
     if estimator is not None:
@@ -32,6 +32,11 @@ def get_estimator(
             raise TypeError(
                 f"`estimator` is {estimator!r}, but the trainer takes an `Estimator` there. Those that have a name are set in "
                 "the configuration: `GNDPOConfig(estimator=...)`."
+            )
+        if hasattr(estimator, "models"):
+            raise ValueError(
+                f"`estimator` ({type(estimator).__name__}) belongs to another trainer already, whose models it reads. Make a new "
+                "one for each trainer."
             )
         for name, default in defaults.items():
             if getattr(args, name) != default:

@@ -127,7 +127,8 @@ class RoutedTeacher(Teacher):
         return "; ".join(f"{name}: {teacher.identity()}" for name, teacher in self.teachers.items())
 
     def without_distributions(self) -> Teacher | None:
-        return next(filter(None, (teacher.without_distributions() for teacher in self.teachers.values())), None)
+        found = (teacher.without_distributions() for teacher in self.teachers.values())
+        return next((ignorant for ignorant in found if ignorant is not None), None)
 
     def _asked(self, rollout: dict[str, Any]) -> list[tuple[int, Teacher, dict[str, Any], list[int]]]:
         """What the teachers have been asked of a rollout, or will be now."""
