@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from .config_checks import count_problems, raise_problems, type_problems, with_plain_numbers
+from .config_checks import count_problems, make_numbers_plain, raise_problems, type_problems
 from .credentials import credential_problems
 from .evaluation_logs import GREATER_IS_BETTER, LESS_IS_BETTER, best_model_problems, is_greater_better
 from .launch import check_ddp_backend, check_launch
@@ -98,7 +98,7 @@ class ExtendedGRPOConfig(VLLMConfig):
     )
 
     def __post_init__(self):
-        with_plain_numbers(self)
+        make_numbers_plain(self)
         raise_problems(type_problems(self))  # nothing can be compared before
         if self.eval_temperature == 0 and self.num_generations_eval is None:
             self.num_generations_eval = 1

@@ -47,7 +47,7 @@ def raise_problems(problems: Iterable[str]) -> None:
         raise ValueError(f"{len(problems)} settings cannot be so:\n" + "\n".join(f"- {text}" for text in problems))
 
 
-def with_plain_numbers(args: GRPOConfig) -> None:
+def make_numbers_plain(args: GRPOConfig) -> None:
     """Make Python's numbers of numpy's, as a sweep has them: JSON and checkpoints can hold no others."""
     for field in dataclasses.fields(args):
         value = getattr(args, field.name, None)
