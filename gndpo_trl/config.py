@@ -492,7 +492,7 @@ class GNDPOConfig(ExtendedGRPOConfig):
         self.advantage_normalization = self.advantage_normalization or "global"
         # TRL refuses a single generation per prompt because it has no group to compare it with; distillation needs
         # no group. Everything else that TRL checks about `num_generations` still applies.
-        is_single = self.num_generations == 1
+        is_single = type(self.num_generations) is int and self.num_generations == 1
         if is_single:
             self.num_generations = _SingleGeneration(1)
         super().__post_init__()

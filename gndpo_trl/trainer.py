@@ -231,7 +231,7 @@ class GNDPOTrainer(SequenceTokenMixin, QuestionsMixin, BatchLogsMixin, ExtendedG
         return replace(self.population, num_generations=num_generations, teachers=teachers)
 
     def _generation_depends_on(self):
-        who = {"teacher": self.teacher.identity(), "kind of estimator": type(self.estimator).__name__}
+        who = {"teacher": self.teacher.identity(), "kind of estimator": self.estimator.identity()}
         return super()._generation_depends_on() | who
 
     def _save_state(self, folder):

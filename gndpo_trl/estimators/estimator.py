@@ -80,6 +80,13 @@ class Estimator(Surrogate):
         """
         return {}
 
+    def identity(self) -> str:
+        """
+        Who this estimator is, in words that a warning can quote: a run goes on with what it made of a generation batch only
+        under the same one. One with settings of its own names them here.
+        """
+        return type(self).__name__
+
     def metrics(self, reading: Reading, mask: torch.Tensor) -> dict[str, float]:
         """More to log of a generation batch, the same numbers on all ranks."""
         return {}

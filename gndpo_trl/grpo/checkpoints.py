@@ -195,10 +195,10 @@ class CheckpointMixin:
 
     def _load_state(self, folder: str) -> None:
         """Read it back; called on all ranks."""
-        reason = None
+        reason, now = None, self._generation_depends_on()  # which ranks find out together
         if os.path.exists(self._buffer_file(folder)):
             buffer = torch.load(self._buffer_file(folder), map_location=self._back_home, weights_only=True)
-            now, then = self._generation_depends_on(), buffer.get("depends_on", {})
+            then = buffer.get("depends_on", {})
             # Of what an earlier version did not compare, nothing is known; one that compared nothing is left.
             changes = [
                 f"`{name}` was {then[name]}, is {now[name]}"
@@ -235,7 +235,7 @@ class CheckpointMixin:
             "number of processes": self.accelerator.num_processes,
             "kind of device": self.accelerator.device.type,
             "reference model": self.beta != 0.0,
-            **{name: getattr(self.args, name) for name in self._generation_arguments},
+            **{name: plain(getattr(self.args, name)) for name in self._generation_arguments},
         }
 
     def _buffer_file(self, folder: str) -> str:
@@ -311,6 +311,11 @@ class CheckpointMixin:
             for _ in range(epochs_trained):  # a permutation for each epoch, from one stream
                 torch.randperm(sampler.num_samples, generator=sampler.generator)
         super()._run_epoch(epoch=epoch, epochs_trained=epochs_trained, **options)
+
+
+def plain(value: Any) -> Any:
+    """A value as it can be saved with tensors, which come back with no other types."""
+    return value if value is None or isinstance(value, bool | int | float | str) else repr(value)
 
 
 def is_whole(checkpoint: str) -> bool:

@@ -24,6 +24,7 @@ def mix_advantages(
     Returns:
         `torch.Tensor` of shape `(B, T)`, of the dtype of `distillation`: advantages, 0 on masked tokens.
     """
+    distillation = distillation.masked_fill(mask == 0, 0.0)
     if reward_coef == 0:
         return distillation_coef * distillation
     rewards = reward.to(distillation).unsqueeze(-1).masked_fill(mask == 0, 0.0)

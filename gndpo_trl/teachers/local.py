@@ -159,7 +159,7 @@ class LocalTeacher(Teacher):
         some = parameters[:: max(1, len(parameters) // NUM_SUMMED)]
         total = sum(piece(parameter).detach().float().abs().sum().cpu() for parameter in some)
         total = gather(total.view(1).to(PartialState().device)).sum().item()
-        return f"{self.description.name} of {self.model.config._name_or_path!r} (weights: {total:.7g})"
+        return f"{self.description.name} of {self.description.config._name_or_path!r} (weights: {total:.7g})"
 
     def _check_rows(self, rollout: dict[str, Any]) -> None:
         longest = (rollout["prompt_mask"].sum(-1) + rollout["completion_mask"].sum(-1)).max()
