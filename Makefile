@@ -23,7 +23,7 @@ test: check
 	$(PYTEST)
 
 quick: $(VENV)/.installed
-	$(PYTEST) -m "not processes"
+	$(PYTEST) -m "not processes and not slow"
 
 check: $(VENV)/.installed
 	$(VENV)/bin/ruff check
