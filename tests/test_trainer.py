@@ -89,6 +89,7 @@ def test_off_policy_loss_and_gradient_equal_the_reference(make_trainer, referenc
     for case in reference_vectors:
         rows, length = case["mask"].shape
         table = Table(3, case["current_logps"])
+        table.config = trainer.model.config
         trainer._checked_heads.add((table, ()))  # which has no logits to be compared with
         inputs = {
             "prompt_ids": torch.ones(rows, 3, dtype=torch.long),
