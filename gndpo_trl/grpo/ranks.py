@@ -2,7 +2,9 @@
 
 from contextlib import contextmanager
 
-from accelerate.utils import gather_object
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather, gather_object
 
 
 @contextmanager
@@ -19,9 +21,11 @@ def raised_on_all_ranks():
         yield
     except Exception as caught:  # functions of the user's raise all kinds
         error = caught
+    failed = torch.tensor([int(error is not None)], device=PartialState().device)
+    if gather(failed).sum() == 0:  # a number each, since texts are exchanged by pickling
+        return
     text = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-    texts = [text for text in gather_object([None if error is None else text]) if text is not None]
+    texts = gather_object([None if error is None else text])
     if error is not None:
         raise error
-    if texts:
-        raise ValueError(texts[0])
+    raise ValueError(next(text for text in texts if text is not None))
