@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from gndpo_trl.objective import distributions
 from gndpo_trl.objective.advantages import Population, merge_moments, row_moments
 from gndpo_trl.objective.distributions import (
+    NUM_FIELDS,
+    ComparedInBackward,
     Comparison,
     ExpectedAdvantage,
     LMHead,
@@ -69,6 +71,7 @@ def test_a_comparison_is_that_of_full_logits(monkeypatch, sizes, options, score_
         mean=mean,
         variance=(probs * (scores - mean.unsqueeze(-1)).square()).sum(-1),
         foreign_mass=1 - probs.sum(-1),
+        entropy=torch.distributions.Categorical(logits=log_probs(hidden, head)).entropy(),
     )
     for name, values in vars(expected).items():
         torch.testing.assert_close(vars(found)[name], values, rtol=0, atol=1e-12, msg=name)
@@ -102,6 +105,31 @@ def test_the_gradient_is_that_of_full_logits(monkeypatch, sizes, options, shifte
     assert not found.any()
     for gradient, value in zip(torch.autograd.grad(found @ upstream, leaves), expected, strict=True):
         torch.testing.assert_close(gradient, value, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("of_all_tokens", [True, False], ids=["all tokens", "the sampled one"])
+def test_a_backward_pass_that_compares_gives_the_gradient_and_the_comparison(monkeypatch, options, of_all_tokens):
+    monkeypatch.setattr(distributions, "CHUNK_CPU", 3)
+    hidden, head = build(20, 5, seed=0, **options[0])
+    teacher_hidden, teacher_head = build(23, 6, seed=1, **options[1])
+    leaves = [x.requires_grad_() for x in (hidden, head.weight, head.bias)]
+    upstream, ids = torch.linspace(-1, 2, POSITIONS, dtype=torch.float64), torch.arange(POSITIONS)
+    probs, scores = (x.detach() for x in probs_and_scores(hidden, head, teacher_hidden, teacher_head, 0.8))
+    scores = scores - (probs * scores).sum(-1, keepdim=True)
+    weights = probs * scores if of_all_tokens else torch.nn.functional.one_hot(ids, 20) * scores
+    expected = torch.autograd.grad((weights * log_probs(hidden, head)).sum(-1) @ upstream, leaves)
+
+    found = torch.full((POSITIONS, NUM_FIELDS), torch.nan, dtype=torch.float64)
+    values = ComparedInBackward.apply(
+        *leaves, head, teacher_hidden, teacher_head, ids, 0.8, of_all_tokens, found, nullcontext
+    )
+    assert not values.any()
+    for gradient, value in zip(torch.autograd.grad(values @ upstream, leaves), expected, strict=True):
+        torch.testing.assert_close(gradient, value, rtol=0, atol=1e-12)
+    compared = compare_distributions(hidden, head, teacher_hidden, teacher_head, ids, 0.8)
+    for name, values in vars(compared).items():
+        torch.testing.assert_close(vars(Comparison.of(found))[name], values, rtol=0, atol=1e-12, msg=name)
 
 
 def test_without_clamp_and_normalization_it_is_the_reverse_kl():

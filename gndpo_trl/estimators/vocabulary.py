@@ -178,7 +178,7 @@ class Exact(WholeVocabulary):
         lengths = torch.tensor([len(of_row) for of_row in states], device=places.device)
         numbers = inputs.get("teacher_of_row", torch.zeros_like(lengths))
         heads = [(number, head) for number, head in enumerate(self.heads) if head is not None]
-        weights = [call.weight, call.bias, *(x for _, head in heads for x in (head.weight, head.bias))]
+        weights = [*head_of(call).parameters, *(weight for _, head in heads for weight in head.parameters)]
         parts, order = [], []
         # Also for a teacher without rows here: other ranks gather its head in their backward pass.
         for number, head in heads:
@@ -211,7 +211,7 @@ class Exact(WholeVocabulary):
 
     def save_state(self, folder):
         # Those of a teacher whose weights have moved on since; all others are read again.
-        heads = [None if head is None or is_parameter(head.weight) else vars(head) for head in self.heads]
+        heads = [vars(head) if head is not None and is_copied(head) else None for head in self.heads]
         if any(heads) and PartialState().is_main_process:
             torch.save(heads, os.path.join(folder, HEADS))
 
@@ -221,7 +221,7 @@ class Exact(WholeVocabulary):
         self.heads, self.saved_heads = [], [None if head is None else LMHead(**head) for head in found]
 
 
-def gathered(weights: list[torch.Tensor | None]) -> AbstractContextManager:
+def gathered(weights: list[torch.Tensor]) -> AbstractContextManager:
     """Context in which parameters that ZeRO-3 shards are whole; copies, which are no parameters, are so anyway."""
     return maybe_gather_lm_head_ctx(*filter(is_parameter, weights))
 
@@ -230,13 +230,17 @@ def is_parameter(weight: torch.Tensor | None) -> bool:
     return isinstance(weight, torch.nn.Parameter)
 
 
+def is_copied(head: LMHead) -> bool:
+    return any(not is_parameter(weight) for weight in head.parameters)
+
+
 def compare_rows(
     student: HiddenStates, teacher: HiddenStates, ids: torch.Tensor, score_clip: float | None
 ) -> Comparison:
     """Two models at the sampled tokens `ids` `(N,)` of a rollout, row after row."""
     heads = [student.head, *teacher.heads]
     ids_of_rows = ids.split([len(states) for states in student.rows])
-    with gathered([weight for head in heads if head is not None for weight in (head.weight, head.bias)]):
+    with gathered([weight for head in heads if head is not None for weight in head.parameters]):
         student_head, *teacher_heads = (None if head is None else head.on(ids.device) for head in heads)
         parts = [
             compare_distributions(

@@ -4,12 +4,15 @@ At a position, π is the student's distribution over tokens `a`, and `c(a) = cla
 clamped score that token `a` would have. Logits are formed for a few positions at a time, with both LM heads side by
 side, and never for a batch. Ids that only one of the two vocabularies has carry no score: sums run over the common ones.
 
+What is known of a teacher at a position is a row of *states*, and its *head* makes scores of them. An [`LMHead`] makes them
+of hidden states; whatever else has its `on`, `scores` and `parameters` may stand in its place.
+
 `N` is the number of positions, in any order; `H` and `H'` are the hidden sizes of student and teacher.
 """
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -56,6 +59,33 @@ class LMHead:
             logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits if self.temperature == 1.0 else logits.div_(self.temperature)
 
+    def scores(
+        self, states: torch.Tensor, log_probs: torch.Tensor, score_clip: float | None, ids: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """
+        A teacher with this head beside a student, at `n` positions.
+
+        Args:
+            states (`torch.Tensor` of shape `(n, ...)`): What is known of the teacher; here its last hidden states `(n, H)`.
+            log_probs (`torch.Tensor` of shape `(n, V)`): The student's of all tokens, in nats.
+            score_clip (`float` or `None`): Bound of the clamp, in nats.
+            ids (`torch.Tensor` of shape `(n,)`, *optional*): Sampled tokens, known to both.
+
+        Returns:
+            `tuple[torch.Tensor, torch.Tensor | None]`: clamped scores `(n, V)`, or of the common ids alone, in memory of their
+            own; and the teacher's log-probs `(n,)` of the sampled tokens.
+        """
+        teacher_log_probs = self.logits(states).log_softmax(-1)
+        teacher_logps = None if ids is None else teacher_log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        num_common = min(log_probs.size(-1), teacher_log_probs.size(-1))
+        scores = teacher_log_probs[:, :num_common].sub_(log_probs[:, :num_common])
+        return scores if score_clip is None else scores.clamp_(-score_clip, score_clip), teacher_logps
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        """Weights that have to be whole for `on`."""
+        return [weight for weight in (self.weight, self.bias) if weight is not None]
+
     def projection_gradient(self, gradient: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """From the gradient with respect to [`logits`] to that with respect to the projection; changes both in place."""
         if self.softcap is not None:
@@ -75,6 +105,7 @@ class Comparison:
         mean (`torch.Tensor`): `Σ_a π(a) c(a)`, the expected clamped score; without a clamp, minus the reverse KL.
         variance (`torch.Tensor`): `Σ_a π(a) (c(a) - mean)²`.
         foreign_mass (`torch.Tensor`): The student's probability of ids that the teacher does not have.
+        entropy (`torch.Tensor`): The student's, `-Σ_a π(a) log π(a)`.
     """
 
     student_logps: torch.Tensor
@@ -82,6 +113,15 @@ class Comparison:
     mean: torch.Tensor
     variance: torch.Tensor
     foreign_mass: torch.Tensor
+    entropy: torch.Tensor
+
+    @classmethod
+    def of(cls, values: torch.Tensor) -> "Comparison":
+        """From `(..., 6)`, in the order of the fields."""
+        return cls(*values.unbind(-1))
+
+
+NUM_FIELDS = len(fields(Comparison))
 
 
 def chunks(num_positions: int, device: torch.device) -> list[slice]:
@@ -89,18 +129,60 @@ def chunks(num_positions: int, device: torch.device) -> list[slice]:
     return [slice(start, start + size) for start in range(0, num_positions, size)]
 
 
-def clamped_scores(log_probs: torch.Tensor, teacher_log_probs: torch.Tensor, score_clip: float | None) -> torch.Tensor:
-    """`(n, min(V, V'))` clamped scores of the common ids, in the memory of `teacher_log_probs`."""
-    num_common = min(log_probs.size(-1), teacher_log_probs.size(-1))
-    scores = teacher_log_probs[:, :num_common].sub_(log_probs[:, :num_common])
-    return scores if score_clip is None else scores.clamp_(-score_clip, score_clip)
+class Positions:
+    """
+    Both models at `n` positions, of which all tokens' log-probs and scores are held.
+
+    Args:
+        states (`torch.Tensor` of shape `(n, H)`): Last hidden states of the student.
+        head ([`LMHead`]): The student's, on the device of the hidden states.
+        teacher_states (`torch.Tensor` of shape `(n, ...)`): What is known of the teacher.
+        teacher_head ([`LMHead`]): What makes scores of that.
+        score_clip (`float` or `None`): Bound of the clamp, in nats.
+        ids (`torch.Tensor` of shape `(n,)`, *optional*): Sampled tokens, known to both, where log-probs are asked for.
+
+    Attributes:
+        logits, probs (`torch.Tensor` of shape `(n, V)`): The student's.
+        scores (`torch.Tensor` of shape `(n, C)`): Clamped, of the `C` common ids.
+        common (`torch.Tensor` of shape `(n, C)`): The student's probabilities of these.
+        logps, teacher_logps (`torch.Tensor` of shape `(n,)` or `None`): Log-probs of the sampled tokens.
+    """
+
+    def __init__(
+        self,
+        states: torch.Tensor,
+        head: LMHead,
+        teacher_states: torch.Tensor,
+        teacher_head: LMHead,
+        score_clip: float | None,
+        ids: torch.Tensor | None = None,
+    ):
+        self.logits = head.logits(states)
+        log_probs = self.logits.log_softmax(-1)
+        self.scores, self.teacher_logps = teacher_head.scores(teacher_states, log_probs, score_clip, ids)
+        self.logps = None if ids is None else log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        self.log_normalizer = self.logits[:, 0] - log_probs[:, 0]
+        self.probs = log_probs.exp_()
+        self.common = self.probs[:, : self.scores.size(-1)]
+
+    def mean(self) -> torch.Tensor:
+        """`(n,)` expected scores."""
+        return torch.linalg.vecdot(self.common, self.scores)
+
+    def comparison(self, mean: torch.Tensor) -> torch.Tensor:
+        """`(n, 6)` fields of a [`Comparison`]; leaves in `scores` the scores less their `mean`."""
+        centred = self.scores.sub_(mean.unsqueeze(-1))
+        variance = torch.linalg.vecdot(self.common, centred.square())
+        foreign_mass = self.probs[:, centred.size(-1) :].sum(-1)
+        entropy = self.log_normalizer - torch.linalg.vecdot(self.probs, self.logits)
+        return torch.stack([self.logps, self.teacher_logps, mean, variance, foreign_mass, entropy], dim=-1)
 
 
 @torch.no_grad()
 def compare_distributions(
     hidden: torch.Tensor,
     head: LMHead,
-    teacher_hidden: torch.Tensor,
+    teacher_states: torch.Tensor,
     teacher_head: LMHead,
     ids: torch.Tensor,
     score_clip: float | None,
@@ -111,29 +193,19 @@ def compare_distributions(
     Args:
         hidden (`torch.Tensor` of shape `(N, H)`): Last hidden states of the student.
         head ([`LMHead`]): The student's, on the device of the hidden states.
-        teacher_hidden (`torch.Tensor` of shape `(N, H')`): Last hidden states of the teacher.
-        teacher_head ([`LMHead`]): The teacher's.
+        teacher_states (`torch.Tensor` of shape `(N, ...)`): What is known of the teacher.
+        teacher_head ([`LMHead`]): What makes scores of that.
         ids (`torch.Tensor` of shape `(N,)`): Sampled tokens, known to both.
         score_clip (`float` or `None`): Bound of the clamp, in nats.
 
     Returns:
         [`Comparison`]
     """
-    parts = []
+    parts = [torch.zeros(0, NUM_FIELDS, device=hidden.device)]
     for chunk in chunks(len(ids), hidden.device):
-        log_probs = head.logits(hidden[chunk]).log_softmax(-1)
-        teacher_log_probs = teacher_head.logits(teacher_hidden[chunk]).log_softmax(-1)
-        sampled = ids[chunk].unsqueeze(-1)
-        logps, teacher_logps = log_probs.gather(-1, sampled), teacher_log_probs.gather(-1, sampled)
-        scores = clamped_scores(log_probs, teacher_log_probs, score_clip)
-        probs = log_probs.exp_()
-        foreign_mass = probs[:, scores.size(-1) :].sum(-1, keepdim=True)
-        probs = probs[:, : scores.size(-1)]
-        mean = torch.linalg.vecdot(probs, scores).unsqueeze(-1)
-        variance = torch.linalg.vecdot(probs, scores.sub_(mean).square_()).unsqueeze(-1)
-        parts.append(torch.cat([logps, teacher_logps, mean, variance, foreign_mass], dim=-1))
-    parts = parts or [torch.zeros(0, 5, device=hidden.device)]
-    return Comparison(*torch.cat(parts).unbind(-1))
+        here = Positions(hidden[chunk], head, teacher_states[chunk], teacher_head, score_clip, ids[chunk])
+        parts.append(here.comparison(here.mean()))
+    return Comparison.of(torch.cat(parts))
 
 
 @dataclass(frozen=True)
@@ -173,6 +245,38 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
         total.addmm_(left.to(total.dtype), right.to(total.dtype))
 
 
+class HeadGradients:
+    """
+    Gradients of what an LM head multiplies, summed up a few positions at a time.
+
+    Args:
+        needed (`tuple[bool, bool, bool]`): Which are asked for: those of hidden states, weight and bias.
+        leaves (`tuple[torch.Tensor | None, ...]`): The three.
+        dtype (`torch.dtype`): Sums are in it.
+    """
+
+    def __init__(self, needed: tuple[bool, ...], leaves: tuple[torch.Tensor | None, ...], dtype: torch.dtype):
+        self.leaves = leaves
+        self.of_hidden, self.of_weight, self.of_bias = (
+            torch.zeros(leaf.shape, device=leaf.device, dtype=dtype) if needs else None
+            for leaf, needs in zip(leaves, needed, strict=True)
+        )
+
+    def add(self, chunk: slice, of_logits: torch.Tensor, here: Positions, states: torch.Tensor, head: LMHead) -> None:
+        """Those of a chunk, from the gradient `(n, V)` of its logits; uses its memory and that of the logits."""
+        of_projection = head.projection_gradient(of_logits, here.logits).to(head.dtype)
+        if self.of_hidden is not None:
+            self.of_hidden[chunk] = of_projection @ head.weight
+        if self.of_weight is not None:
+            add_product(self.of_weight, of_projection.T, states)
+        if self.of_bias is not None:
+            self.of_bias += of_projection.sum(0)
+
+    def summed(self) -> list[torch.Tensor | None]:
+        sums = (self.of_hidden, self.of_weight, self.of_bias)
+        return [None if found is None else found.to(of.dtype) for found, of in zip(sums, self.leaves, strict=True)]
+
+
 class ExpectedAdvantage(torch.autograd.Function):
     """
     Zero at each of `N` positions, with the gradient `Σ_a π(a) A(a) ∇log π(a)` of the student's expected advantage, in
@@ -189,49 +293,80 @@ class ExpectedAdvantage(torch.autograd.Function):
         weight: torch.Tensor,  # (V, H), of the head
         bias: torch.Tensor | None,  # (V,)
         head: LMHead,
-        teacher_hidden: torch.Tensor,  # (N, H')
+        teacher_states: torch.Tensor,  # (N, ...)
         teacher_head: LMHead,
         score_clip: float | None,
         weighting: Weighting,
         gather: Callable[[], AbstractContextManager],
     ) -> torch.Tensor:
-        ctx.save_for_backward(hidden, weight, bias, teacher_hidden)
+        ctx.save_for_backward(hidden, weight, bias, teacher_states)
         ctx.constants = head, teacher_head, score_clip, weighting, gather
         return torch.zeros(len(hidden), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        hidden, weight, bias, teacher_hidden = ctx.saved_tensors
+        hidden, weight, bias, teacher_states = ctx.saved_tensors
         head, teacher_head, score_clip, weighting, gather = ctx.constants
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         with gather():
-            shapes = (hidden.shape, weight.shape, None if bias is None else bias.shape)
-            needed = (needs_hidden, needs_weight, needs_bias)
-            of_hidden, of_weight, of_bias = (
-                torch.zeros(shape, device=hidden.device, dtype=gradient.dtype) if needs else None
-                for shape, needs in zip(shapes, needed, strict=True)
-            )
+            gradients = HeadGradients(ctx.needs_input_grad[:3], (hidden, weight, bias), gradient.dtype)
             head, teacher_head = head.on(hidden.device), teacher_head.on(hidden.device)
             for chunk in chunks(len(hidden), hidden.device):
                 states = hidden[chunk].to(head.dtype)
-                logits = head.logits(states)
-                log_probs = logits.log_softmax(-1)
-                teacher_log_probs = teacher_head.logits(teacher_hidden[chunk]).log_softmax(-1)
-                scores = clamped_scores(log_probs, teacher_log_probs, score_clip)
-                probs = log_probs.exp_()
-                common = probs[:, : scores.size(-1)]
-                advantages = weighting(scores, common, chunk)
-                expected = torch.linalg.vecdot(common, advantages).unsqueeze(-1)
+                here = Positions(states, head, teacher_states[chunk], teacher_head, score_clip)
+                advantages = weighting(here.scores, here.common, chunk)
+                expected = torch.linalg.vecdot(here.common, advantages).unsqueeze(-1)
                 # d/dz_a of Σ_b π(b) A(b) log π(b), with π(b) A(b) constant: π(a) (A(a) - Σ_b π(b) A(b))
-                of_logits = probs.mul_(gradient[chunk].unsqueeze(-1))
-                of_logits[:, : scores.size(-1)].mul_(advantages.sub_(expected))
-                of_logits[:, scores.size(-1) :].mul_(-expected)
-                of_projection = head.projection_gradient(of_logits, logits).to(head.dtype)
-                if needs_hidden:
-                    of_hidden[chunk] = of_projection @ head.weight
-                if needs_weight:
-                    add_product(of_weight, of_projection.T, states)
-                if needs_bias:
-                    of_bias += of_projection.sum(0)
-        pairs = zip((of_hidden, of_weight, of_bias), (hidden, weight, bias), strict=True)
-        return *(None if found is None else found.to(of.dtype) for found, of in pairs), *[None] * 6
+                of_logits = here.probs.mul_(gradient[chunk].unsqueeze(-1))
+                of_logits[:, : advantages.size(-1)].mul_(advantages.sub_(expected))
+                of_logits[:, advantages.size(-1) :].mul_(-expected)
+                gradients.add(chunk, of_logits, here, states, head)
+        return *gradients.summed(), *[None] * 6
+
+
+class ComparedInBackward(torch.autograd.Function):
+    """
+    Zero at each of `N` positions, with the gradient of the student's scores before they are scaled, each less the expected
+    score of its position: of all tokens, `Σ_a π(a) (c(a) - mean) ∇log π(a)`, or of the sampled one, `(c - mean) ∇log π`.
+
+    The backward pass compares the two models at the same time, so that their heads are applied once: it writes the fields of
+    a [`Comparison`] into `found` `(N, 6)`. Ids that the teacher does not have are not provided for: there may be none.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden: torch.Tensor,  # (N, H)
+        weight: torch.Tensor,  # (V, H), of the head
+        bias: torch.Tensor | None,  # (V,)
+        head: LMHead,
+        teacher_states: torch.Tensor,  # (N, ...)
+        teacher_head: LMHead,
+        ids: torch.Tensor,  # (N,)
+        score_clip: float | None,
+        of_all_tokens: bool,
+        found: torch.Tensor,  # (N, 6)
+        gather: Callable[[], AbstractContextManager],
+    ) -> torch.Tensor:
+        ctx.save_for_backward(hidden, weight, bias, teacher_states, ids)
+        ctx.constants = head, teacher_head, score_clip, of_all_tokens, found, gather
+        return torch.zeros(len(hidden), device=hidden.device, dtype=torch.promote_types(hidden.dtype, torch.float32))
+
+    @staticmethod
+    def backward(ctx, gradient: torch.Tensor):
+        hidden, weight, bias, teacher_states, ids = ctx.saved_tensors
+        head, teacher_head, score_clip, of_all_tokens, found, gather = ctx.constants
+        with gather():
+            gradients = HeadGradients(ctx.needs_input_grad[:3], (hidden, weight, bias), gradient.dtype)
+            head, teacher_head = head.on(hidden.device), teacher_head.on(hidden.device)
+            for chunk in chunks(len(hidden), hidden.device):
+                states, sampled = hidden[chunk].to(head.dtype), ids[chunk].unsqueeze(-1)
+                here = Positions(states, head, teacher_states[chunk], teacher_head, score_clip, ids[chunk])
+                found[chunk] = here.comparison(here.mean())
+                weights = gradient[chunk].unsqueeze(-1)
+                if of_all_tokens:
+                    of_logits = here.probs.mul_(here.scores).mul_(weights)
+                else:  # d log π(s) / dz_a = 1[a = s] - π(a)
+                    weights = weights * here.scores.gather(-1, sampled)
+                    of_logits = here.probs.mul_(-weights).scatter_add_(-1, sampled, weights)
+                gradients.add(chunk, of_logits, here, states, head)
+        return *gradients.summed(), *[None] * 8
