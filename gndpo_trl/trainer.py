@@ -24,7 +24,7 @@ from transformers import (
 from .batch_logs import BatchLogsMixin, ScoredBatch
 from .clock import Clock
 from .config import GNDPOConfig
-from .estimators import Estimator, Models
+from .estimators import Estimator, Models, Reading
 from .estimators.from_config import get_estimator
 from .estimators.reading import settle
 from .grpo.launch import check_final_save
@@ -37,6 +37,7 @@ from .grpo.vllm import check_sampling_logps
 from .objective.advantages import Population, undefined_rows
 from .objective.mixture import mix_advantages
 from .objective.scores import Score
+from .one_pass import OnePassMixin, SampledBatch
 from .questions import QuestionsMixin
 from .run_warnings import RunWarnings
 from .teachers import Teacher
@@ -45,7 +46,7 @@ from .teachers.from_config import StudentArguments, get_reference, get_teacher
 from .teachers.prompt_fn import TeacherPromptFn
 
 
-class GNDPOTrainer(SequenceTokenMixin, QuestionsMixin, BatchLogsMixin, ExtendedGRPOTrainer):
+class GNDPOTrainer(SequenceTokenMixin, OnePassMixin, QuestionsMixin, BatchLogsMixin, ExtendedGRPOTrainer):
     """
     Trainer for Globally Normalized Distillation Policy Optimization (GNDPO), proposed in [Stabilizing On-Policy
     Distillation for MLLM Reasoning with Global Normalization](https://huggingface.co/papers/2606.09091).
@@ -204,21 +205,34 @@ class GNDPOTrainer(SequenceTokenMixin, QuestionsMixin, BatchLogsMixin, ExtendedG
         # The student samples completions; the teacher reads them, after the same prompts or its own.
         rollout = super()._generate_and_score_completions(inputs)
         question = self._question(mode, rollout, inputs)
-        # log pi_T and log pi_old of every sampled token. What is unknown leaves the loss.
-        reading = self.estimator.read(rollout, question)
-        reading.reference_logps = self.models.reference_logps(rollout, inputs)
-        mask = settle(rollout, reading, self.teacher.may_not_know(inputs), self._tokenizer)
+        batch = SampledBatch(mode, rollout, inputs)
+        if self.estimator.waits_for_loss(rollout):
+            # The passes of the loss read it, and advantages come after them: the same numbers, without a pass before.
+            rollout.update(self.estimator.begin(rollout, question))
+            self._leave_to_the_loss(batch)
+        else:
+            # log pi_T and log pi_old of every sampled token.
+            self._set_advantages(batch, self.estimator.read(rollout, question))
+        return rollout
+
+    def _set_advantages(self, batch: SampledBatch, reading: Reading) -> torch.Tensor | None:
+        """From log-probs to the advantages in the rollout, and their moments; logs both."""
+        mode, rollout = batch.mode, batch.rollout
+        # What is unknown leaves the loss.
+        if reading.reference_logps is None:
+            reading.reference_logps = self.models.reference_logps(rollout, batch.rows)
+        mask = settle(rollout, reading, self.teacher.may_not_know(batch.rows), self._tokenizer)
         # Scores in nats, log pi_T - log pi_old, clamped.
         scores = self.score(reading.teacher_logps, reading.student_logps, mask, reading.reference_logps)
         # Whitened over all valid tokens of the generation batch, on all ranks and in all accumulation steps.
-        population = self._population_of(mode, inputs)
+        population = self._population_of(mode, batch.rows)
         advantages, moments = self.estimator.advantages(scores, reading, mask, population)
         # TRL's loss takes them in the place of the rewards' advantages, one for each completion.
         rollout.update(self.estimator.for_the_loss(rollout, reading, moments))
         rollout["advantages"] = self.mix(advantages, rollout["advantages"], valid_tokens(rollout))
         undefined = undefined_rows(moments, advantages)
         self._report(ScoredBatch(mode, rollout, reading, scores.raw, mask, undefined, population.teachers))
-        return rollout
+        return moments
 
     def _generate(self, prompts: list):
         with self.clock.timing("generation"):

@@ -34,8 +34,9 @@ COMPLETIONS, SPREAD_COMPLETIONS = completions_of(LENGTHS), completions_of(SPREAD
 
 
 def make_rollout(trainer: GNDPOTrainer, count: int = 8) -> dict:
-    """One training generation batch, as `train` would make it."""
+    """One training generation batch, as `train` would make it, with its advantages."""
     trainer.model.train()
+    trainer.in_one_pass = False  # where they come after the loss
     rows = [trainer.train_dataset[index // 2] for index in range(count)]
     return trainer._generate_and_score_completions(rows)
 

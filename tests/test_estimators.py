@@ -6,8 +6,9 @@ from helpers import gradients, make_rollout, plain_logps
 from transformers import Qwen3ForCausalLM
 
 from gndpo_trl.estimators import Estimator, Sampled
-from gndpo_trl.estimators.sampler_statistics import SamplerStatistics
-from gndpo_trl.estimators.vocabulary import Baseline, Exact
+from gndpo_trl.estimators.exact import Exact
+from gndpo_trl.estimators.scored_in_loss import SamplerStatistics
+from gndpo_trl.estimators.vocabulary import Baseline
 from gndpo_trl.grpo.rollouts import valid_tokens
 
 

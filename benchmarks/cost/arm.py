@@ -13,7 +13,10 @@ from .models import SIZES, build_model, build_processing_class, draw_batch
 from .stopwatch import Stopwatch
 
 
-ARMS = ("grpo", "gspo", "distillation", "padded", "gndpo", "gndpo-logps", "gndpo-rows", "expected", "exact")
+ARMS = (
+    *("grpo", "gspo", "distillation", "padded", "gndpo", "gndpo-logps", "gndpo-rows"),
+    *("expected", "expected-before", "exact", "exact-before"),
+)
 
 
 class Arm:
@@ -40,9 +43,9 @@ class Arm:
             options["pad_to_multiple_of"] = 1
         if config_class in (GNDPOConfig, GSPOConfig) and name != "padded":
             options["scoring_token_budget"] = args.scoring_token_budget
-        if name == "expected":
+        if name.startswith("expected"):
             options["score_baseline"] = "expected"
-        if name == "exact":
+        if name.startswith("exact"):
             options["estimator"] = "exact"
         if name == "gndpo-logps":
             options["use_sampling_logps"] = True
@@ -68,6 +71,8 @@ class Arm:
             **sources,
         )
         self.trainer.stopwatch = self.stopwatch = Stopwatch(device, sources.get("teacher_model"))
+        if name.endswith("before"):
+            self.trainer.in_one_pass = False
         if isinstance(self.trainer, GNDPOTrainer):
             self.stopwatch.follow(self.trainer.clock)
         self.steps = args.completions // args.micro_batch

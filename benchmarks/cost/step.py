@@ -12,6 +12,7 @@ What one optimizer step of on-policy distillation costs once the completions are
     gndpo-rows    GNDPO with `share_prompts=False`: each prompt once for each of its completions
     expected      GNDPO with `score_baseline="expected"`
     exact         GNDPO with `estimator="exact"`
+    ...-before    the same two, read by passes before the loss, where they are read by the loss itself otherwise
 
 All of them take their steps in turn, in one process, on the same completions, which are drawn once instead of sampled: with
 log-normal lengths of which the mean is 0.3 of the longest, and with equal lengths. Models have random weights. A step is

@@ -20,7 +20,8 @@ class Estimator(Surrogate):
     Pass an instance as `estimator` to one trainer, which calls, in this order and on all ranks: `check` before it loads any
     model; `prepare` when the models are there; for each generation batch `read`, `advantages`, `for_the_loss` and `metrics`;
     for each micro-batch of the loss `head_reader` and `advantages_in_loss`; `save_state` and `load_state` with checkpoints that are
-    written while a generation batch is in use.
+    written while a generation batch is in use. Where it `waits_for_loss`, `begin` and the micro-batches come first, and then
+    `finish` in the place of `read`, `advantages`, whose moments scale the gradient that is there by then, and `metrics`.
 
     Example: a smooth clamp in the place of clamp and whitening.
 
@@ -53,6 +54,21 @@ class Estimator(Surrogate):
             [`Reading`]
         """
         raise NotImplementedError(f"{type(self).__name__} has no `read`.")
+
+    def waits_for_loss(self, rollout: dict[str, Any]) -> bool:
+        """Whether this generation batch is read in one pass, by the micro-batches of its own loss."""
+        return False
+
+    def begin(self, rollout: dict[str, Any], question: dict[str, Any]) -> dict[str, Any]:
+        """
+        What the loss is to find of a generation batch that is read in one pass, as of `for_the_loss`. It also finds
+        `row_of_batch` `(b,)`, the numbers of a micro-batch's rows.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no `begin`.")
+
+    def finish(self, rollout: dict[str, Any]) -> Reading:
+        """What all micro-batches have found, after the last backward pass."""
+        raise NotImplementedError(f"{type(self).__name__} has no `finish`.")
 
     def advantages(
         self, scores: Scores, reading: Reading, mask: torch.Tensor, population: Population

@@ -8,8 +8,9 @@ from ..config import GNDPOConfig
 from ..objective.advantages import Population
 from ..objective.scores import Score
 from .estimator import Estimator, Sampled
-from .sampler_statistics import SamplerStatistics
-from .vocabulary import Baseline, Exact
+from .exact import Exact
+from .scored_in_loss import SamplerStatistics, Unnormalized
+from .vocabulary import Baseline
 
 
 def get_estimator(
@@ -59,4 +60,6 @@ def get_estimator(
         return Baseline(args.score_clip, f"`score_baseline` is {args.score_baseline!r}")
     if args.use_sampling_logps:
         return SamplerStatistics(score, population, mix)
+    if args.advantage_normalization == "none":
+        return Unnormalized(score, population, mix)
     return Sampled()

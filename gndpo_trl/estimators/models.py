@@ -1,5 +1,6 @@
 """The models of a run, as an estimator reads them."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,13 +16,14 @@ class Models:
         trainer ([`GNDPOTrainer`]): Whose models these are.
 
     Attributes:
+        teacher ([`~teachers.Teacher`]): The teacher.
         clock (`Clock`): Times the phases of a step.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): The student's.
     """
 
     def __init__(self, trainer):
         self._trainer = trainer
-        self.clock, self.tokenizer = trainer.clock, trainer._tokenizer
+        self.teacher, self.clock, self.tokenizer = trainer.teacher, trainer.clock, trainer._tokenizer
 
     @property
     def is_training(self) -> bool:
@@ -56,6 +58,28 @@ class Models:
         """The same of the teacher."""
         with self.clock.phase("teacher_scoring"), torch.no_grad():
             return self._trainer.teacher.hidden_states(question, self._trainer._hidden_states)
+
+    def teacher_states_in_loss(self, question: dict[str, Any], in_one_pass: bool) -> HiddenStates:
+        """
+        The same for a micro-batch whose loss is due, left on the device; in one pass, or in as many as so many rows have in
+        scoring.
+        """
+        device = question["completion_ids"].device
+        batch_size = len(question["completion_ids"]) if in_one_pass else None
+        read = partial(self._trainer._hidden_states, batch_size=batch_size, device=device)
+        # Scoring is not under the loss's autocast elsewhere.
+        with self.clock.phase("teacher_scoring"), torch.no_grad(), torch.autocast(device.type, enabled=False):
+            return self._trainer.teacher.hidden_states(question, read)
+
+    def may_read_in_loss(self, rollout: dict[str, Any], is_scaled_later: bool) -> bool:
+        """
+        Whether the passes of the loss can be the ones that read the student.
+
+        Args:
+            rollout (`dict`): What the student sampled.
+            is_scaled_later (`bool`): Whether the gradient that they leave is to be scaled by one number.
+        """
+        return self._trainer._may_read_in_loss(rollout, is_scaled_later)
 
     def watch_sampler(self, rollout: dict[str, Any], logps: torch.Tensor) -> None:
         """Compare the sampler's log-probs with the training engine's `(B, T)`, if there is one."""

@@ -26,7 +26,7 @@ class Reading:
         teacher_states ([`HiddenStates`], *optional*): What the teacher's distributions are made of.
         is_estimate (`bool`, *optional*, defaults to `False`): Whether `student_logps` are the sampler's, which has none for
             some tokens: these then enter no statistics.
-        unknown (`torch.Tensor`, *optional*): True on tokens whose log-prob the teacher does not know; see [`settle`].
+        unknown (`torch.Tensor`, *optional*): True on tokens that have left the loss because the teacher does not know them.
     """
 
     teacher_logps: torch.Tensor
@@ -43,6 +43,24 @@ class Reading:
         return [self.teacher_logps, *([] if found is None else [found.mean, found.variance])]
 
 
+def leave_unknown_out(rollout: dict[str, Any], missing: torch.Tensor, may_not_know: list[bool]) -> torch.Tensor:
+    """
+    Take what a teacher does not know, and may not know, out of the loss. All ranks call it together.
+
+    Args:
+        rollout (`dict`): Rollout, changed in place.
+        missing (`torch.Tensor` of shape `(B, T)`): True where the teacher's answer is NaN.
+        may_not_know (`list[bool]`): For each row, whether NaN is an answer of its teacher's.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`: True on the tokens that were valid and are left out.
+    """
+    forgiven = torch.tensor(may_not_know, dtype=torch.bool, device=missing.device).unsqueeze(-1)
+    unknown = missing & valid_tokens(rollout) & forgiven
+    leave_out(rollout, unknown, gather)
+    return unknown
+
+
 def settle(
     rollout: dict[str, Any], reading: Reading, may_not_know: list[bool], tokenizer: PreTrainedTokenizerBase
 ) -> torch.Tensor:
@@ -52,7 +70,7 @@ def settle(
 
     Args:
         rollout (`dict`): Rollout; tokens that are left out leave its loss.
-        reading ([`Reading`]): What was read of it; gets its `unknown`.
+        reading ([`Reading`]): What was read of it; gets its `unknown`, or more of it.
         may_not_know (`list[bool]`): For each row, whether NaN is an answer of its teacher's.
         tokenizer ([`~transformers.PreTrainedTokenizerBase`]): Decodes the prompt that an error quotes.
 
@@ -62,17 +80,16 @@ def settle(
     Raises:
         `ValueError`: with the counts, the first prompt and what to look at.
     """
-    valid = valid_tokens(rollout)
-    forgiven = torch.tensor(may_not_know, dtype=torch.bool, device=valid.device).unsqueeze(-1)
+    if not reading.is_estimate:  # first: what is known of the teacher's distribution is relative to it
+        with raised_on_all_ranks():
+            check_finite("student", reading.student_logps, rollout, valid_tokens(rollout), tokenizer)
     missing = torch.stack([values.isnan() for values in reading.of_teacher()]).any(0)
-    reading.unknown = missing & valid & forgiven
-    leave_out(rollout, reading.unknown, gather)
-    mask = valid & ~reading.unknown
+    unknown = leave_unknown_out(rollout, missing, may_not_know)
+    reading.unknown = unknown if reading.unknown is None else reading.unknown | unknown
+    mask = valid_tokens(rollout)
     with raised_on_all_ranks():
         for values in reading.of_teacher():
             check_finite("teacher", values, rollout, mask, tokenizer)
-        if not reading.is_estimate:
-            check_finite("student", reading.student_logps, rollout, mask, tokenizer)
         if reading.reference_logps is not None:
             check_finite("reference", reading.reference_logps, rollout, mask, tokenizer)
     return mask & reading.student_logps.isfinite() if reading.is_estimate else mask

@@ -1,43 +1,49 @@
 """Estimators that look at the whole vocabulary: the expected score of a position, as a baseline or as the gradient."""
 
-import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather
 
 from ..grpo.hidden_states import HiddenStates, head_of
-from ..grpo.microbatches import loss_mask, select_rows
-from ..grpo.trl_hooks import MULTIMODAL_KEYS, HeadCall, HeadFields, maybe_gather_lm_head_ctx
-from ..objective.advantages import merge_moments, row_moments, shift_and_scale
-from ..objective.distributions import Comparison, ExpectedAdvantage, LMHead, Weighting, compare_distributions
-from ..objective.importance import MAX_LOG_RATIO, sequence_log_ratio
+from ..grpo.microbatches import loss_mask
+from ..grpo.trl_hooks import HeadCall, HeadFields, maybe_gather_lm_head_ctx
+from ..objective.advantages import merge_moments, row_moments
+from ..objective.distributions import ComparedInBackward, Comparison, LMHead, compare_distributions
 from ..teachers import Teacher
 from .estimator import Estimator
-from .reading import Reading
+from .loss_reading import LossReading, on_any_rank
+from .reading import Reading, leave_unknown_out
 
 
 # Mean probability of ids that the teacher does not have, above which the two are not distributions over the same tokens.
 LARGEST_FOREIGN_MASS = 1e-3
 
-HEADS = "teacher_heads.pt"
-
 
 class WholeVocabulary(Estimator):
     """
-    What [`Baseline`] and [`Exact`] read: student and teacher give the last hidden states of their scoring passes instead of
+    What [`Baseline`] and [`Exact`] read: student and teacher give the last hidden states of their passes instead of
     log-probs, and both LM heads are applied to them side by side, a few positions at a time.
+
+    Where a loss pass may read the student, there is no other: its backward pass compares the two and leaves the gradient of
+    unscaled scores. The mean of a position's scores is subtracted from them, which changes nothing of the gradient over all
+    tokens, and is what a baseline does to that of the sampled one.
 
     Args:
         score_clip (`float` or `None`): Bound of the clamp of all tokens' scores, in nats.
         field (`str`): What of the configuration asked for it, for error messages.
     """
 
+    of_all_tokens = False  # whether the gradient is that of all tokens
+
     def __init__(self, score_clip: float | None, field: str):
         self.score_clip, self.field = score_clip, field
+        self.heads: list[LMHead | None] = []  # of the teachers of the generation batch in use
+        self.batch: LossReading | None = None
 
     def check(self, teacher: Teacher) -> None:
         ignorant = teacher.without_distributions()
@@ -56,9 +62,10 @@ class WholeVocabulary(Estimator):
         mask = rollout["completion_mask"].bool()
         with self.models.clock.phase("distributions"):
             found = compare_rows(student, teacher, rollout["completion_ids"][mask], self.score_clip)
-        fields = {name: torch.zeros(mask.shape, device=mask.device) for name in vars(found)}
+        fields = {}
         for name, values in vars(found).items():
-            fields[name][mask] = values.float()
+            fields[name] = values.new_zeros(mask.shape)
+            fields[name][mask] = values
         distributions = Comparison(**fields)
         self._check_foreign_mass(mean_over_tokens(distributions.foreign_mass, loss_mask(rollout)))
         student_logps = rollout.get("old_per_token_logps")
@@ -66,6 +73,66 @@ class WholeVocabulary(Estimator):
             student_logps = distributions.student_logps
             self.models.watch_sampler(rollout, student_logps)
         return Reading(distributions.teacher_logps, student_logps, distributions=distributions, teacher_states=teacher)
+
+    def waits_for_loss(self, rollout):
+        return self.models.may_read_in_loss(rollout, is_scaled_later=True)
+
+    def begin(self, rollout, question):
+        self.batch = LossReading(rollout, question)
+        may_not_know = self.teacher.may_not_know(question["rows"])
+        if self.teacher.is_read_when_due and not on_any_rank(any(may_not_know), rollout):
+            return {}
+        states = self.models.teacher_states(question)
+        missing = missing_states(states, rollout["completion_mask"])
+        self.batch.unknown = leave_unknown_out(rollout, missing, may_not_know)
+        return self._keep(without(states, self.batch.unknown, rollout["completion_mask"]), missing.device)
+
+    def head_reader(self, inputs):
+        if "row_of_batch" not in inputs:
+            return None
+        return partial(self._compare, inputs, self._states(inputs))
+
+    def advantages_in_loss(self, logps, inputs):
+        if "row_of_batch" not in inputs:
+            return super().advantages_in_loss(logps, inputs)
+        return torch.ones_like(logps)
+
+    def finish(self, rollout):
+        found, unknown, self.batch = self.batch.comparison(), self.batch.unknown, None
+        self.models.watch_sampler(rollout, found.student_logps)
+        return Reading(found.teacher_logps, found.student_logps, distributions=found, unknown=unknown)
+
+    def _keep(self, states: HiddenStates, device: torch.device) -> dict[str, Any]:
+        """Entries of a rollout for what was read of the teacher."""
+        self.heads = states.heads
+        found = {"teacher_hidden_states": states.rows}
+        if len(states.heads) > 1:
+            found["teacher_of_row"] = torch.tensor(states.head_of_row, device=device)
+        return found
+
+    def _states(self, inputs: dict[str, Any]) -> HiddenStates:
+        """The teacher's states of a micro-batch: kept with the rollout, or read now."""
+        if "teacher_hidden_states" in inputs:
+            numbers = inputs["teacher_of_row"].tolist() if "teacher_of_row" in inputs else []
+            return HiddenStates(inputs["teacher_hidden_states"], heads=self.heads, head_of_row=numbers)
+        return self.models.teacher_states_in_loss(*self.batch.question(inputs))
+
+    def _compare(
+        self, inputs: dict[str, Any], teacher: HiddenStates, places: torch.Tensor, call: HeadCall
+    ) -> HeadFields:
+        """Fields of TRL's head, all zeros, with the gradient of the scores; the comparison is there after the backward pass."""
+        ids = inputs["completion_ids"]
+        rows, columns = places // ids.size(1), places % ids.size(1)
+
+        def compare(mine, head, states, gather):
+            found = self.batch.expect(inputs["row_of_batch"][rows[mine]], columns[mine], call.hidden.dtype)
+            return ComparedInBackward.apply(
+                *(call.hidden[mine], call.weight, call.bias, head_of(call), states, head),
+                *(ids.view(-1)[places[mine]], self.score_clip, self.of_all_tokens, found, gather),
+            )
+
+        zeros = for_each_teacher(teacher, rows, columns, head_of(call), compare).float()  # as TRL's
+        return zeros, torch.zeros_like(zeros), None, None, None
 
     def metrics(self, reading, mask):
         return {"score/expected": mean_over_tokens(reading.distributions.mean, mask)}
@@ -89,136 +156,44 @@ class Baseline(WholeVocabulary):
         return population.whiten(relative, mask, moments, subtract_mean=False), moments
 
 
-class Exact(WholeVocabulary):
+def for_each_teacher(
+    teacher: HiddenStates, rows: torch.Tensor, columns: torch.Tensor, student: LMHead, act: Callable[..., torch.Tensor]
+) -> torch.Tensor:
     """
-    `estimator="exact"`: the gradient of the expected advantage of a position, `Σ_a π(a) A(a) ∇log π(a)`, normalized by the
-    moments of the student's distributions.
-
-    The teacher's hidden states stay with the rollout, in CPU memory. In the loss, the log-prob of a sampled token keeps its
-    value, for the importance ratio, and gets that gradient in place of its own. The advantages of the sampled tokens are for
-    the logs.
+    `(N,)` values at the positions of a micro-batch, of one teacher after the other.
 
     Args:
-        score_clip (`float` or `None`), field (`str`): See `WholeVocabulary`.
-        std_floor (`float`): Lower bound of σ, in nats.
-        has_baseline (`bool`): Whether the expected score of the position is subtracted in the place of μ.
-        clip_range (`tuple[float, float]` or `None`): Importance ratios below and above which a token with a negative, or a
-            positive advantage has no gradient; `None`: none is left out.
+        teacher ([`HiddenStates`]): Of all teachers.
+        rows (`torch.Tensor` of shape `(N,)`), columns (`torch.Tensor` of shape `(N,)`): The positions.
+        student ([`LMHead`]): The student's.
+        act (`Callable`): `act(mine, head, states, gather)` gives the values at the positions `mine` of a teacher, which are all
+            that depends on it; `gather()` is a context in which the weights of all heads are whole.
     """
+    weights = [weight for head in [student, *filter(None, teacher.heads)] for weight in head.parameters]
+    parts, order = [], []
+    for mine, head, states in teacher.at(rows, columns):
+        parts.append(act(mine, head, states, partial(gathered, weights)))
+        order.append(mine)
+    return parts[0] if len(teacher.heads) == 1 else torch.cat(parts)[torch.cat(order).argsort()]
 
-    def __init__(
-        self,
-        score_clip: float | None,
-        field: str,
-        std_floor: float,
-        has_baseline: bool,
-        clip_range: tuple[float, float] | None,
-    ):
-        super().__init__(score_clip, field)
-        self.std_floor, self.has_baseline, self.clip_range = std_floor, has_baseline, clip_range
-        # Of the teachers of the generation batch in use; and what a checkpoint holds of them.
-        self.heads: list[LMHead | None] = []
-        self.saved_heads: list[LMHead | None] = []
 
-    def advantages(self, scores, reading, mask, population):
-        expected = reading.distributions.mean.masked_fill(~mask, 0.0)
-        relative, means = scores.shaped, expected
-        if self.has_baseline:
-            relative, means = scores.shaped - expected, torch.zeros_like(expected)
-        moments = population.moments(means, mask, variances=reading.distributions.variance)
-        return population.whiten(relative, mask, moments, subtract_mean=not self.has_baseline), moments
+def missing_states(states: HiddenStates, completion_mask: torch.Tensor) -> torch.Tensor:
+    """`(B, T)`: True where the states of a completion's token hold NaN."""
+    missing = torch.zeros(completion_mask.shape, dtype=torch.bool, device=completion_mask.device)
+    of_tokens = [row.isnan().flatten(1).any(1) for row in states.rows]
+    missing[completion_mask.bool()] = torch.cat(of_tokens).to(missing.device)
+    return missing
 
-    def for_the_loss(self, rollout, reading, moments):
-        if not self.models.is_training:
-            return {}
-        states = reading.teacher_states
-        self.heads = states.heads
-        rows = states.rows
-        # Where the teacher knows nothing, no gradient is wanted; but 0 times NaN is NaN.
-        spoiled = reading.distributions.teacher_logps.isnan()
-        if spoiled.any():
-            kept = [
-                ~of_row[keep].cpu() for of_row, keep in zip(spoiled, rollout["completion_mask"].bool(), strict=True)
-            ]
-            rows = [torch.where(keep.unsqueeze(-1), row, 0.0) for row, keep in zip(rows, kept, strict=True)]
-        found = {"teacher_hidden_states": rows, "score_moments": moments}
-        if len(states.heads) > 1:
-            found["teacher_of_row"] = torch.tensor(states.head_of_row, device=spoiled.device)
-        return found
 
-    def head_reader(self, inputs):
-        if "teacher_hidden_states" not in inputs:
-            return None
-        if not self.heads:  # the run goes on from a checkpoint
-            found = self.models.teacher_states(one_token(inputs, self.teacher.names)).heads
-            saved = self.saved_heads or [None] * len(found)
-            self.heads = [then or now for then, now in zip(saved, found, strict=True)]
-        return partial(self._expected_advantage, inputs)
-
-    def advantages_in_loss(self, logps, inputs):
-        if "teacher_hidden_states" not in inputs:
-            return super().advantages_in_loss(logps, inputs)
-        return sign_of_loss(ratios(logps.detach(), inputs)).unsqueeze(1).expand_as(logps)
-
-    def _expected_advantage(self, inputs: dict[str, Any], places: torch.Tensor, call: HeadCall) -> HeadFields:
-        """Fields of TRL's head, with the gradient of the expected advantage in place of the log-probs' own."""
-        fields = call.compute()
-        ids = inputs["completion_ids"]
-        rows, columns = places // ids.size(1), places % ids.size(1)
-        logps = fields[0].new_zeros(ids.shape)
-        logps.view(-1)[places] = fields[0].detach()
-        ratio = ratios(logps, inputs)
-        scale, shift = torch.ones_like(ratio), torch.zeros_like(ratio)
-        if inputs["score_moments"] is not None:
-            shift, scale = (values.to(ratio) for values in shift_and_scale(inputs["score_moments"], self.std_floor))
-        low, high = self.clip_range or (0.0, torch.inf)
-        keeps_negative, keeps_positive = ratio >= low, ratio <= high
-
-        states = inputs["teacher_hidden_states"]
-        lengths = torch.tensor([len(of_row) for of_row in states], device=places.device)
-        numbers = inputs.get("teacher_of_row", torch.zeros_like(lengths))
-        heads = [(number, head) for number, head in enumerate(self.heads) if head is not None]
-        weights = [*head_of(call).parameters, *(weight for _, head in heads for weight in head.parameters)]
-        parts, order = [], []
-        # Also for a teacher without rows here: other ranks gather its head in their backward pass.
-        for number, head in heads:
-            is_its = numbers == number
-            mine = slice(None) if len(self.heads) == 1 else is_its[rows].nonzero().squeeze(1)
-            of_rows, its_lengths = rows[mine], lengths * is_its
-            its_states = [of_row for of_row, its in zip(states, is_its.tolist(), strict=True) if its]
-            its_states = torch.cat(its_states or [torch.zeros(0, 1)]).to(places.device)
-            parts.append(
-                ExpectedAdvantage.apply(
-                    call.hidden[mine],
-                    call.weight,
-                    call.bias,
-                    head_of(call),
-                    its_states[(its_lengths.cumsum(0) - its_lengths)[of_rows] + columns[mine]],
-                    head,
-                    self.score_clip,
-                    Weighting(
-                        scale[of_rows],
-                        None if self.has_baseline else shift[of_rows],
-                        keeps_positive[of_rows],
-                        keeps_negative[of_rows],
-                    ),
-                    partial(gathered, weights),
-                )
-            )
-            order.append(mine)
-        expected = parts[0] if len(parts) == 1 else torch.cat(parts)[torch.cat(order).argsort()]
-        return fields[0].detach() + (sign_of_loss(ratio)[rows] * expected).to(fields[0].dtype), *fields[1:]
-
-    def save_state(self, folder):
-        # Those of a teacher whose weights have moved on since; all others are read again.
-        heads = [vars(head) if head is not None and is_copied(head) else None for head in self.heads]
-        if any(heads) and PartialState().is_main_process:
-            torch.save(heads, os.path.join(folder, HEADS))
-
-    def load_state(self, folder):
-        path = os.path.join(folder, HEADS)
-        found = torch.load(path, map_location="cpu", weights_only=True) if os.path.exists(path) else []
-        self.heads, self.saved_heads = [], [None if head is None else LMHead(**head) for head in found]
+def without(states: HiddenStates, unknown: torch.Tensor, completion_mask: torch.Tensor) -> HiddenStates:
+    """States with zeros at unknown tokens `(B, T)`: no gradient is wanted there, but 0 times NaN is NaN."""
+    if not unknown.any():
+        return states
+    rows = []
+    for row, is_unknown, mask in zip(states.rows, unknown, completion_mask.bool(), strict=True):
+        is_unknown = is_unknown[mask].to(row.device).view(-1, *[1] * (row.ndim - 1))
+        rows.append(row.masked_fill(is_unknown, 0.0))
+    return replace(states, rows=rows)
 
 
 def gathered(weights: list[torch.Tensor]) -> AbstractContextManager:
@@ -262,34 +237,3 @@ def mean_over_tokens(values: torch.Tensor, mask: torch.Tensor) -> float:
     """Mean of `(B, T)` values over the valid tokens of all ranks; NaN without any."""
     count, total, _ = merge_moments(gather(merge_moments(row_moments(values, mask)).unsqueeze(0)))
     return (total / count).item()
-
-
-def ratios(logps: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:
-    """`(B,)` importance ratio of each completion, of log-probs `(B, T)` without gradient; 1 where there are no old ones."""
-    old_logps = inputs.get("old_per_token_logps")
-    if old_logps is None:
-        return torch.ones_like(logps[:, 0])
-    return sequence_log_ratio(logps, old_logps, loss_mask(inputs)).clamp(max=MAX_LOG_RATIO).exp()
-
-
-def sign_of_loss(ratio: torch.Tensor) -> torch.Tensor:
-    """
-    The advantage that TRL's loss gets for the whole sum over tokens, whose advantages have both signs. Where the ratio is
-    clipped for one of the signs, the other one goes on: the loss gets the sign that it does not clip, and the sum leaves out
-    the clipped one.
-    """
-    return torch.where(ratio > 1, -1.0, 1.0).to(ratio)
-
-
-def one_token(inputs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
-    """The first token of a micro-batch as a rollout, once for each of the teachers: what their heads can be read from."""
-    names = names or ("",)
-    width = inputs["prompt_ids"].size(1)
-    keys = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", *MULTIMODAL_KEYS)
-    question = select_rows({key: inputs[key] for key in keys if inputs.get(key) is not None}, [0] * len(names))
-    for key in ("completion_ids", "completion_mask"):
-        question[key] = question[key][:, :1]
-    question["completion_mask"] = torch.ones_like(question["completion_mask"])
-    for key in {"token_type_ids", "mm_token_type_ids"} & question.keys():
-        question[key] = question[key][:, : width + 1]
-    return {**question, "rows": [{"teacher": name, "teacher_prompt": None} for name in names]}

@@ -1,5 +1,6 @@
 """Last hidden states of completion tokens, and the LM head that makes distributions of them."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -15,21 +16,47 @@ class HiddenStates:
 
     Attributes:
         rows (`list[torch.Tensor]`): For each completion its `(T_i, H)` last hidden states, those that predict its tokens, in
-            CPU memory and in the dtype that the head computes in.
-        head ([`LMHead`]): The model's, with its parameters, which ZeRO-3 and FSDP shard.
+            CPU memory, unless they were asked for elsewhere, and in the dtype that the head computes in.
+        head ([`LMHead`], *optional*): The model's, with its parameters, which ZeRO-3 and FSDP shard.
         heads (`list[LMHead | None]`, *optional*): All heads, where the rows come from several models, `None` for those that
             have no row in any process.
         head_of_row (`list[int]`, *optional*): Number of each row's head in `heads`.
     """
 
     rows: list[torch.Tensor]
-    head: LMHead
+    head: LMHead | None = None
     heads: list[LMHead | None] = field(default_factory=list)
     head_of_row: list[int] = field(default_factory=list)
 
     def __post_init__(self):
         self.heads = self.heads or [self.head]
         self.head_of_row = self.head_of_row or [0] * len(self.rows)
+
+    def at(
+        self, rows: torch.Tensor, columns: torch.Tensor
+    ) -> Iterator[tuple[slice | torch.Tensor, LMHead, torch.Tensor]]:
+        """
+        The states of `N` positions, model by model. Also of a model that has none of them: other processes gather its head.
+
+        Args:
+            rows (`torch.Tensor` of shape `(N,)`), columns (`torch.Tensor` of shape `(N,)`): The positions.
+
+        Yields:
+            `tuple[slice | torch.Tensor, LMHead, torch.Tensor]`: which of the positions are the model's, its head, and its
+            states there, on the device of `rows`.
+        """
+        numbers = torch.tensor(self.head_of_row, device=rows.device)
+        lengths = torch.tensor([len(of_row) for of_row in self.rows], device=rows.device)
+        for number, head in enumerate(self.heads):
+            if head is None:
+                continue
+            is_its = numbers == number
+            mine = slice(None) if len(self.heads) == 1 else is_its[rows].nonzero().squeeze(1)
+            its_lengths = lengths * is_its
+            starts = its_lengths.cumsum(0) - its_lengths
+            states = [of_row for of_row, its in zip(self.rows, self.head_of_row, strict=True) if its == number]
+            states = torch.cat(states or [torch.zeros(0, 1)]).to(rows.device)
+            yield mine, head, states[starts[rows[mine]] + columns[mine]]
 
 
 def head_of(call: HeadCall) -> LMHead:
@@ -47,16 +74,18 @@ class Collector:
 
     Args:
         completion_mask (`torch.Tensor` of shape `(B, T)`): The rollout's.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where they are kept.
     """
 
-    def __init__(self, completion_mask: torch.Tensor):
+    def __init__(self, completion_mask: torch.Tensor, device: torch.device | str = "cpu"):
         self.num_rows, self.width = completion_mask.shape
+        self.device = device
         self.rows, self.head = {}, None
 
     def __call__(self, places: torch.Tensor, call: HeadCall) -> HeadFields:
         self.head = head_of(call)
         order = places.argsort()
-        hidden = call.hidden.detach()[order].to("cpu", self.head.dtype)
+        hidden = call.hidden.detach()[order].to(self.device, self.head.dtype)
         rows, lengths = (places[order] // self.width).unique_consecutive(return_counts=True)
         for row, of_row in zip(rows.tolist(), hidden.split(lengths.tolist()), strict=True):
             self.rows[row] = of_row.clone()  # memory of its own: no row keeps the others when the batch is split

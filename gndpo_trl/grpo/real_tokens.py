@@ -56,10 +56,16 @@ class RealTokensMixin(HeadCheckMixin):
         self._regrouping = None
         self._window_metrics.clear()
 
-    def _per_token_logps(self, model: torch.nn.Module, rollout: dict[str, Any]) -> torch.Tensor:
-        """Log-probs `(B, T)`, without gradient, of a rollout's completion tokens under a model with a fused head."""
-        args = self.args
-        batch_size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
+    def _per_token_logps(
+        self, model: torch.nn.Module, rollout: dict[str, Any], batch_size: int | None = None
+    ) -> torch.Tensor:
+        """
+        Log-probs `(B, T)`, without gradient, of a rollout's completion tokens under a model with a fused head, in passes over
+        `batch_size` rows on average; `None`: over as many as a micro-batch has.
+        """
+        if batch_size is None:
+            args = self.args
+            batch_size = args.per_device_train_batch_size if self.model.training else args.per_device_eval_batch_size
         with torch.no_grad():
             logps, _, _ = self._get_per_token_logps_and_entropies(
                 model,
@@ -71,11 +77,17 @@ class RealTokensMixin(HeadCheckMixin):
             )
         return logps
 
-    def _hidden_states(self, model: torch.nn.Module, rollout: dict[str, Any]) -> HiddenStates:
+    def _hidden_states(
+        self,
+        model: torch.nn.Module,
+        rollout: dict[str, Any],
+        batch_size: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> HiddenStates:
         """Last hidden states of a rollout's completion tokens, where `_per_token_logps` gives their log-probs."""
-        collector = Collector(rollout["completion_mask"])
+        collector = Collector(rollout["completion_mask"], device)
         with self._reading_head(collector):
-            self._per_token_logps(model, rollout)
+            self._per_token_logps(model, rollout, batch_size)
         return collector.collected(self._passes.core(model).get_output_embeddings())
 
     def _reading_head(self, reader: HeadReader) -> AbstractContextManager[None]:

@@ -42,6 +42,7 @@ __all__ = [
     "HeadCall",
     "HeadFields",
     "add_fused_lm_head",
+    "before_engine_step",
     "create_model_from_path",
     "get_config_model_id",
     "lm_head_read_by",
@@ -245,6 +246,22 @@ def lm_head_read_by(reader: Callable[[HeadCall], HeadFields]) -> Iterator[None]:
         yield
     finally:
         trl.trainer.utils._ChunkedLogProbFunction, trl.trainer.utils._use_triton = original, asks
+
+
+@contextmanager
+def before_engine_step(engine: Any, act: Callable[[], None]) -> Iterator[None]:
+    """Have `act` called before each `step` of a DeepSpeed engine, which accelerate makes within its `backward`."""
+    step = engine.step
+
+    def step_after(*args, **kwargs):
+        act()
+        return step(*args, **kwargs)
+
+    engine.step = step_after
+    try:
+        yield
+    finally:
+        del engine.step
 
 
 @contextmanager

@@ -87,6 +87,7 @@ class LocalTeacher(Teacher):
         if "torch_dtype" in self.init_kwargs:  # the name of earlier versions of transformers, which ignores it now
             self.init_kwargs.setdefault("dtype", self.init_kwargs.pop("torch_dtype"))
         self.offload = offload
+        self.is_read_when_due = not offload
         self.cast_lm_head_to_fp32 = cast_lm_head_to_fp32
         self.description = describe(
             "teacher_model",

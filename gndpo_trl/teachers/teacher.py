@@ -43,10 +43,13 @@ class Teacher(TrainerCallback):
     Attributes:
         vocab_size (`int` or `None`): The teacher knows token ids below this; the trainer keeps transformers' generation
             from sampling others. `None`: it knows all of the student's.
+        is_read_when_due (`bool`): Whether `hidden_states` are asked for a micro-batch at a time, when its loss is due, where they
+            can be, and not for a generation batch, whose states wait in CPU memory. For models that stay where they are.
         names (`tuple[str, ...]`): Names of those that share the rows where this stands for several, see `route`.
     """
 
     vocab_size: int | None = None
+    is_read_when_due: bool = False
     names: tuple[str, ...] = ()
 
     def callbacks(self) -> list[TrainerCallback]:

@@ -147,17 +147,19 @@ def train(spec: dict) -> dict:
     engine.register_forward_pre_hook(
         lambda module, args, kwargs: teacher_forwards.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    compute = trainer._generate_and_score_completions
+    trainer.in_one_pass = spec.get("in_one_pass", True)
+    set_advantages = trainer._set_advantages
 
-    def watch(inputs):
-        rollout = compute(inputs)
+    def watch(batch, reading):
+        moments = set_advantages(batch, reading)
+        rollout = batch.rollout
         for ids, row, mask in zip(
             rollout["prompt_ids"], rollout["advantages"], rollout["completion_mask"], strict=True
         ):
             advantages[word_of(trainer._tokenizer.decode(ids))] = row[: int(mask.sum())].tolist()
-        return rollout
+        return moments
 
-    trainer._generate_and_score_completions = watch
+    trainer._set_advantages = watch
     teacher = trainer.accelerator.unwrap_model(engine)
     held = sum(piece(parameter).numel() for parameter in teacher.parameters())
     whole = sum(getattr(p, "ds_numel", p.numel()) for p in teacher.parameters())

@@ -25,6 +25,7 @@ CASES = {
     },
     "own prompts": {"completions": SPREAD_COMPLETIONS, "family": "internvl", "own_prompts": True},
     "teacher offloaded": {"completions": SPREAD_COMPLETIONS, "config": {"teacher_offload": True}},
+    "none": {"completions": SPREAD_COMPLETIONS, "config": {"advantage_normalization": "none"}},
     "baseline": {"completions": SPREAD_COMPLETIONS, "config": {"score_baseline": "expected"}},
     "exact": {"completions": SPREAD_COMPLETIONS, "config": {"estimator": "exact"}},
     "exact, one rank masked": {
@@ -35,6 +36,11 @@ CASES = {
         "completions": SPREAD_COMPLETIONS,
         "routed": True,
         "config": {"estimator": "exact", "advantage_normalization": "teacher"},
+    },
+    "exact, own prompts": {
+        "completions": SPREAD_COMPLETIONS,
+        "own_prompts": True,
+        "config": {"estimator": "exact"},
     },
     "exact, images": {"completions": SPREAD_COMPLETIONS, "family": "internvl", "config": {"estimator": "exact"}},
 }
@@ -55,12 +61,12 @@ def run_case(launch, case: str, accelerate_config: str | None, batch_size: int, 
 
 @pytest.fixture(scope="module")
 def one_process(launch):
-    """Each case on one process with four accumulation steps."""
+    """Each case on one process with four accumulation steps, read before the loss."""
     runs = {}
 
     def get(case: str):
         if case not in runs:
-            runs[case] = run_case(launch, case, None, 2, 4)
+            runs[case] = run_case(launch, case, None, 2, 4, in_one_pass=False)
         return runs[case]
 
     return get
@@ -91,13 +97,17 @@ def gradients(run, start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ("routed apart", "zero3", 4, 1),
         ("own prompts", "zero3", 2, 2),
         ("teacher offloaded", "zero2", 2, 2),
+        ("none", "zero3", 2, 2),
+        ("baseline", "ddp", 2, 2),
         ("baseline", "zero3", 2, 2),
+        ("exact", "zero1", 2, 2),
         ("exact", "ddp", 2, 2),
         ("exact", "zero2", 2, 2),
         ("exact", "zero3", 2, 2),
         ("exact", "fsdp2", 2, 2),
         ("exact, one rank masked", "zero3", 2, 2),
         ("exact, images", "zero3", 2, 2),
+        ("exact, own prompts", "zero3", 2, 2),
         ("exact, routed", "zero3", 2, 2),
     ],
 )
@@ -126,6 +136,9 @@ def test_two_processes_equal_one(launch, one_process, checkpoints, case, acceler
     for name, value in entries[0].items():
         if name.startswith(("score/", "advantages/", "teacher/", "student/", "reverse_kl", "reward")):
             assert entries[1][name] == (None if value is None else pytest.approx(value, abs=1e-5)), name
+
+    in_one_pass = case.startswith(("none", "baseline", "exact")) and case != "exact, routed"
+    assert ("time/student_scoring" in entries[1]) != in_one_pass
 
     # Every process runs the same number of forward passes, whatever the lengths of its completions.
     assert found.reports[0]["teacher_forwards"] == found.reports[1]["teacher_forwards"] > 0
