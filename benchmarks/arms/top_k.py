@@ -5,8 +5,8 @@ How much of the exact gradient is left where a few of the teacher's tokens are k
 
 The student samples 4 completions of 8 prompts, and each row of the table is one gradient, of all weights, on these samples:
 `-mean over completions of mean over tokens of Σ_a π(a) A(a) log π(a)`, or of `A log π` of the sampled token. Written are its
-cosine with the exact one (all tokens known, scores clamped at 5 nats), its norm over that of the exact one, and means over
-positions: the student's mass inside the known tokens, the share of positions at which the clamp of the rest is active, and
+cosine with the exact one (all tokens known, scores clamped at 5 nats), the same of the layers alone, without the embedding
+that is the LM head too, its norm over that of the exact one, and means over positions: the student's mass inside the known tokens, the share of positions at which the clamp of the rest is active, and
 of the teacher's k likeliest tokens the share that are the student's too.
 """
 
@@ -74,7 +74,8 @@ def main() -> int:
     head, teacher_head = (LMHead(model.lm_head.weight, None, torch.float32) for model in (student, teacher))
     # Of each token in the mean over completions of the mean over tokens.
     weights = (mask / mask.sum(-1, keepdim=True) / len(mask))[mask]
-    parameters = list(student.parameters())
+    parameters = sorted(student.parameters(), key=lambda parameter: parameter is head.weight)  # the embedding last
+    num_of_layers = sum(parameter.numel() for parameter in parameters[:-1])
 
     def of_expectation(states: torch.Tensor, of_states: LMHead | LikeliestTokens) -> torch.Tensor:
         weighting = Weighting(torch.ones(len(ids)), None)
@@ -85,13 +86,16 @@ def main() -> int:
     exact = of_expectation(teacher_hidden, teacher_head)
 
     def write(name: str, found: torch.Tensor, *looked_at: float) -> None:
-        cosine = torch.nn.functional.cosine_similarity(found, exact, dim=0)
-        columns = [f"{cosine:.3f}", f"{found.norm() / exact.norm():.2f}", *(f"{value:.2f}" for value in looked_at)]
-        print(f"| {name} | {' | '.join(columns + [''] * (5 - len(columns)))} |", flush=True)
+        cosines = [
+            torch.nn.functional.cosine_similarity(found[:end], exact[:end], dim=0) for end in (None, num_of_layers)
+        ]
+        columns = [f"{cosine:.3f}" for cosine in cosines] + [f"{found.norm() / exact.norm():.2f}"]
+        columns += [f"{value:.2f}" for value in looked_at]
+        print(f"| {name} | {' | '.join(columns + [''] * (6 - len(columns)))} |", flush=True)
 
-    print(
-        f"{len(ids)} tokens\n\n| known | cosine | norm | student's mass | rest clamped | overlap |\n|---|---|---|---|---|---|"
-    )
+    print(f"{len(ids)} tokens\n")
+    print("| known | cosine | of the layers | norm | student's mass | rest clamped | overlap |")
+    print(f"|{'---|' * 7}")
     compared = compare_distributions(hidden.detach(), head, teacher_hidden, teacher_head, ids, CLIP)
     scores = (compared.teacher_logps - compared.student_logps).clamp(-CLIP, CLIP)
     logps = torch.nn.functional.linear(hidden, head.weight).log_softmax(-1).gather(-1, ids.unsqueeze(-1)).squeeze(-1)
