@@ -68,6 +68,10 @@ class GNDPOConfig(ExtendedGRPOConfig):
         teacher_server_timeout (`float`, *optional*, defaults to `600.0`):
             Seconds after which a request to the teacher's servers has failed, tries included. The run then ends with a
             checkpoint.
+        teacher_top_k (`int`, *optional*):
+            For `estimator="exact"` and `score_baseline="expected"`: number of the teacher's likeliest tokens that are known
+            at each position, beside the sampled one and the mass of the rest. A teacher behind a server needs it, and its
+            `--max-logprobs` has to be larger. `None`: all tokens, of teachers in this process.
         teacher_chat_template_kwargs (`str` or `dict[str, Any]`, *optional*):
             Keyword arguments for the chat template where it renders the column `teacher_prompt`, over those of
             `chat_template_kwargs`. The answer has to begin at the same point of the template for both.
@@ -178,7 +182,7 @@ class GNDPOConfig(ExtendedGRPOConfig):
             What the gradient of a position looks at. `"sampled"` (the paper): the advantage of the sampled token.
             `"exact"`: the expected advantage over the whole vocabulary, the sum over all tokens of probability times
             advantage times gradient of the log-prob, normalized by the moments of the student's distributions. Needs
-            `importance_sampling_level="sequence_token"` and a teacher in the same process, as does `score_baseline`.
+            `importance_sampling_level="sequence_token"`. Both need a teacher in the same process, or `teacher_top_k`.
 
         > Parameters that control the loss
 
@@ -289,6 +293,14 @@ class GNDPOConfig(ExtendedGRPOConfig):
         metadata={
             "help": "Seconds after which a request to the teacher's servers has failed, tries included. The run then "
             "ends with a checkpoint."
+        },
+    )
+    teacher_top_k: int | None = field(
+        default=None,
+        metadata={
+            "help": 'For `estimator="exact"` and `score_baseline="expected"`: number of the teacher\'s likeliest tokens '
+            "that are known at each position, beside the sampled one and the mass of the rest. A teacher behind a server "
+            "needs it, and its `--max-logprobs` has to be larger. `None`: all tokens, of teachers in this process."
         },
     )
     teacher_chat_template_kwargs: dict[str, Any] | str | None = field(
@@ -431,8 +443,8 @@ class GNDPOConfig(ExtendedGRPOConfig):
             "help": 'What the gradient of a position looks at. `"sampled"` (the paper): the advantage of the sampled '
             'token. `"exact"`: the expected advantage over the whole vocabulary, the sum over all tokens of '
             "probability times advantage times gradient of the log-prob, normalized by the moments of the student's "
-            'distributions. Needs `importance_sampling_level="sequence_token"` and a teacher in the same process, as '
-            "does `score_baseline`.",
+            'distributions. Needs `importance_sampling_level="sequence_token"`. Both need a teacher in the same process, '
+            "or `teacher_top_k`.",
             "choices": list(ESTIMATORS),
         },
     )

@@ -96,6 +96,11 @@ def teacher_problems(args: Any) -> Iterator[str]:
             f"`teacher_sync_steps` is {args.teacher_sync_steps}, but it is a number of optimizer steps. Give a "
             'positive one; a teacher that never moves is `teacher_weights="initial"`.'
         )
+    if args.teacher_top_k is not None and args.teacher_top_k < 1:
+        yield (
+            f"`teacher_top_k` is {args.teacher_top_k}, but it is a number of tokens. Give a positive one, or None for the whole "
+            "distribution of a teacher in this process."
+        )
     if not 0 < args.teacher_server_timeout < args.ddp_timeout:
         yield (
             f"`teacher_server_timeout` is {args.teacher_server_timeout}, but it must be positive, and shorter than "

@@ -54,6 +54,14 @@ def plain_logps(model, rollout: dict) -> torch.Tensor:
     return logps[:, -rollout["completion_ids"].size(1) :]
 
 
+def plain_log_probs(model, rollout: dict) -> torch.Tensor:
+    """Log-probs `(B, T, V)` of all tokens at the completions of text, from a forward pass in the dtype of the model."""
+    input_ids = torch.cat([rollout["prompt_ids"], rollout["completion_ids"]], dim=1)
+    attention_mask = torch.cat([rollout["prompt_mask"], rollout["completion_mask"]], dim=1)
+    logits = model(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]
+    return logits[:, -rollout["completion_ids"].size(1) :].log_softmax(-1)
+
+
 def gradients(trainer: GRPOTrainer) -> dict[str, torch.Tensor]:
     """Gradients of the first optimizer step, caught before the optimizer uses them."""
     caught = {}

@@ -28,6 +28,7 @@ class StandInServer(ThreadingHTTPServer):
         path (`str`): Checkpoint of a Qwen3, or of a Qwen2.5-VL.
         max_model_len (`int`, *optional*, defaults to 256): Most tokens of a row, with the one that is generated.
         port (`int`, *optional*): Port; any that is free without it.
+        max_logprobs (`int`, *optional*, defaults to 20): Most log-probs of a position, beside that of its own token.
 
     Attributes:
         misbehave (`Callable`): `misbehave(path, body, answer)` returns the answer that is sent; it may also sleep.
@@ -40,8 +41,8 @@ class StandInServer(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
 
-    def __init__(self, path: str, max_model_len: int = 256, port: int = 0):
-        self.path, self.max_model_len = path, max_model_len
+    def __init__(self, path: str, max_model_len: int = 256, port: int = 0, max_logprobs: int = 20):
+        self.path, self.max_model_len, self.max_logprobs = path, max_model_len, max_logprobs
         reads_pictures = hasattr(AutoConfig.from_pretrained(path), "vision_config")
         self.model = (AutoModelForImageTextToText if reads_pictures else AutoModelForCausalLM).from_pretrained(path)
         self.processor = AutoProcessor.from_pretrained(path)
@@ -80,9 +81,14 @@ class StandInServer(ThreadingHTTPServer):
             return 200, {"data": self.cards}
         if path == "/detokenize":
             return 200, {"prompt": self.tokenizer.decode(body["tokens"])}
+        wanted = body.get("sampling_params", body).get("prompt_logprobs")
+        if wanted is not None and wanted > self.max_logprobs:
+            return 400, {
+                "error": {"message": f"Requested prompt logprobs of {wanted}, max allowed: {self.max_logprobs}"}
+            }
         if path == "/inference/v1/generate" and self.tokenizer is not self.processor:
             ids, features = self.expand(body)
-            return 200, {"prompt_token_ids": ids, "prompt_logprobs": self.score(ids, 0, **features)}
+            return 200, {"prompt_token_ids": ids, "prompt_logprobs": self.score(ids, wanted, **features)}
         if path != "/v1/completions":
             return 404, {"detail": "Not Found"}
         for row in body["prompt"]:
@@ -92,8 +98,7 @@ class StandInServer(ThreadingHTTPServer):
                 return 400, {"error": {"message": f"This model's maximum context length is {self.max_model_len}"}}
         return 200, {
             "choices": [
-                {"prompt_token_ids": row, "prompt_logprobs": self.score(row, body.get("prompt_logprobs"))}
-                for row in body["prompt"]
+                {"prompt_token_ids": row, "prompt_logprobs": self.score(row, wanted)} for row in body["prompt"]
             ]
         }
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+import torch
 import train_gndpo
 import trl.trainer.grpo_trainer
 import yaml
@@ -311,6 +312,7 @@ def test_the_python_of_a_page_runs(name, readers_folder):
     dataset = Dataset.from_parquet(str(readers_folder / "trl-lib" / "DeepMath-103K" / "train.parquet"))
     # What the shorter pieces leave to the reader.
     namespace = {"dataset": dataset, "accuracy_reward": accuracy_reward, "Teacher": Teacher}
+    namespace["log_probs"] = torch.eye(len(tiny_models.build_tokenizer())).log_softmax(-1)
     for code in PROGRAMS[name]:
         exec(compile(code, name, "exec"), namespace)
     trainer = namespace.get("trainer")

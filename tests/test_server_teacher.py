@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 import torch
 from datasets import Dataset
-from helpers import make_rollout
+from helpers import assert_same_gradients, gradients, make_rollout
 from PIL import Image, ImageDraw
 from stand_in_server import StandInServer, unknown
 from transformers import AutoTokenizer, TrainerCallback
@@ -270,6 +270,160 @@ def test_a_server_that_is_busy_is_asked_again(make_served, serve):
     server.misbehave = lambda path, body, answer: refusals.pop() if refusals else answer
     trainer.train()
     assert not refusals and trainer.state.global_step == 2
+
+
+# The likeliest tokens
+
+
+@pytest.fixture
+def make_exact(make_trainer, serve, checkpoints):
+    """Trainers with the exact estimator, and a teacher behind a server (whose URLs come first) or here."""
+
+    def make(family: str, *urls: str, **options):
+        served = {"teacher_server_url": list(urls), "teacher_server_timeout": 20.0} if urls else {}
+        options = {"estimator": "exact", "per_device_train_batch_size": 8, "max_steps": 1, **served, **options}
+        return make_trainer(family, **options)
+
+    return make
+
+
+@pytest.mark.parametrize("options", [{"estimator": "exact"}, {"estimator": "sampled", "score_baseline": "expected"}])
+@pytest.mark.parametrize("family", ["qwen3", "qwen25vl"])
+def test_with_all_tokens_gradients_are_those_of_the_same_teacher_here(make_exact, serve, checkpoints, family, options):
+    server = serve(checkpoints[f"{family}-teacher"], max_model_len=4096, max_logprobs=10_000)
+    trainer = make_exact(family, server.url, teacher_top_k=10_000, **options)
+    vocab_size = server.model.config.get_text_config().vocab_size
+    assert trainer.teacher.model.num_known == min(vocab_size, trainer.model.config.get_text_config().vocab_size)
+    assert_same_gradients(gradients(trainer), gradients(make_exact(family, **options)))
+
+
+@pytest.mark.parametrize("family", ["qwen3", "qwen25vl"])
+def test_the_likeliest_tokens_are_those_of_the_same_teacher_here(make_exact, serve, checkpoints, family):
+    server = serve(checkpoints[f"{family}-teacher"], max_model_len=4096)
+    trainer, local = make_exact(family, server.url, teacher_top_k=4), make_exact(family, teacher_top_k=4)
+    server.requests.clear()
+    rollout = {**make_rollout(trainer), "rows": rows_of(trainer)}
+    bodies = [body.get("sampling_params", body) for path, body in server.requests if path != "/v1/models"]
+    assert bodies and all(body["prompt_logprobs"] == 5 for body in bodies)
+    found, expected = (one.teacher.hidden_states(rollout, one._hidden_states) for one in (trainer, local))
+    for ours, theirs in zip(found.rows, expected.rows, strict=True):
+        for mine, its in zip(ours, theirs, strict=True):
+            pairs = [sorted((int(id), logp) for id, logp in one.tolist()) for one in (mine, its)]
+            assert [id for id, _ in pairs[0]] == [id for id, _ in pairs[1]]
+            assert [logp for _, logp in pairs[0]] == pytest.approx([logp for _, logp in pairs[1]], abs=1e-4)
+    trained = [gradients(make_exact(family, *urls, teacher_top_k=4)) for urls in ([server.url], [])]
+    assert_same_gradients(*trained)
+
+
+def test_a_server_and_a_model_here_share_the_rows(make_exact, serve, checkpoints, text_dataset):
+    server = serve(max_logprobs=10_000)
+    names = ["far" if row % 3 else "near" for row in range(len(text_dataset))]
+    options = {"trainer_options": {"train_dataset": text_dataset.add_column("teacher", names)}}
+    near, far = checkpoints["qwen3-student"], checkpoints["qwen3-teacher"]
+    both = {"near": near, "far": ServerTeacher(server.url, top_k=10_000)}
+    found = gradients(make_exact("qwen3", teacher_model=both, **options))
+    assert server.rows
+    assert_same_gradients(found, gradients(make_exact("qwen3", teacher_model={"near": near, "far": far}, **options)))
+
+
+def test_a_server_that_gives_fewer_log_probs_is_found_at_the_start(make_exact, serve):
+    server = serve(max_logprobs=10)
+    assert make_exact("qwen3", server.url, teacher_top_k=9).teacher.model.num_known == 10
+    with pytest.raises(ValueError, match=r"`teacher_top_k` is 10, .* `--max-logprobs 11` or more.*max allowed: 10"):
+        make_exact("qwen3", server.url, teacher_top_k=10)
+    server.misbehave = fewer
+    with pytest.raises(ValueError, match="gives the log-probs of 8 tokens at a position where 9 were asked for"):
+        make_exact("qwen3", server.url, teacher_top_k=8)
+    with pytest.raises(ValueError, match="`estimator` is 'exact'.*ServerTeacher only knows.*set `teacher_top_k`"):
+        make_exact("qwen3", server.url)
+
+
+def fewer(path, body, answer):
+    """Leaves out one of the likeliest tokens at each position."""
+    for choice in answer[1].get("choices", []):
+        for position in filter(None, choice["prompt_logprobs"] or []):
+            del position[[*position][-1]]
+    return answer
+
+
+def without_ids(path, body, answer):
+    """Names tokens by their text."""
+    for choice in answer[1].get("choices", []):
+        choice["prompt_logprobs"] = [
+            position and {f"token {id}": entry for id, entry in position.items()}
+            for position in choice["prompt_logprobs"]
+        ]
+    return answer
+
+
+@pytest.mark.parametrize("misbehave, message", [(fewer, "where 5 were asked for"), (without_ids, "of another token")])
+def test_a_server_whose_answer_lacks_tokens_ends_the_run(make_exact, serve, misbehave, message, tmp_path):
+    server = serve()
+    trainer = make_exact("qwen3", server.url, teacher_top_k=4, max_steps=3, output_dir=str(tmp_path / "out"))
+
+    class Begin(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            server.misbehave = misbehave
+
+    trainer.add_callback(Begin())
+    with pytest.raises(RunCannotGoOn, match=f"(?s){server.url}.*{message}.*ended after step 1"):
+        trainer.train()
+
+
+def test_likeliest_tokens_with_unknown_log_probs_leave_the_loss(make_exact, serve):
+    server = serve()
+    trainer = make_exact("qwen3", server.url, teacher_top_k=4)
+    trainer.teacher.max_unknown = 0.5
+
+    def forget(path, body, answer):
+        """The log-prob of one of the other tokens."""
+        for choice in answer[1].get("choices", []):
+            for position in (choice["prompt_logprobs"] or [])[5::5]:
+                position[[*position][1]]["logprob"] = None
+        return answer
+
+    server.misbehave = forget
+    found = gradients(trainer)
+    assert all(gradient.isfinite().all() for gradient in found.values())
+    assert max(gradient.abs().max() for gradient in found.values()) > 1e-3
+    assert trainer.state.log_history[0]["teacher/unknown_tokens"] > 0
+
+
+def test_likeliest_tokens_that_the_teacher_rules_out_are_at_the_bound(make_exact, serve):
+    """vLLM writes minus infinity as -9999."""
+    server = serve()
+    trainer = make_exact("qwen3", server.url, teacher_top_k=4)
+
+    def rule_out(path, body, answer):
+        for choice in answer[1].get("choices", []):
+            for position in filter(None, choice["prompt_logprobs"] or []):
+                position[min([*position][1:], key=lambda id: position[id]["logprob"])]["logprob"] = -9999.0
+        return answer
+
+    server.misbehave = rule_out
+    rollout = {**make_rollout(trainer), "rows": rows_of(trainer)}
+    states = trainer.teacher.hidden_states(rollout, trainer._hidden_states)
+    assert torch.cat(states.rows)[..., 1].isneginf().any()
+    assert all(gradient.isfinite().all() for gradient in gradients(trainer).values())
+
+
+def test_a_killed_server_and_the_middle_of_a_generation_batch(make_exact, serve, tmp_path):
+    server = serve()
+    options = {"save_strategy": "steps", "save_steps": 1, "num_iterations": 2, "teacher_top_k": 4, "max_steps": 4}
+    whole = make_exact("qwen3", server.url, output_dir=str(tmp_path / "whole"), **options)
+    whole.train()
+    parts = {**options, "output_dir": str(tmp_path / "parts"), "teacher_server_timeout": 1.0}
+    killed = make_exact("qwen3", server.url, **parts)
+    killed.add_callback(Stop(server, after=1))
+    with pytest.raises(RunCannotGoOn, match="ended after step 2"):
+        killed.train()
+    port = server.server_address[1]
+    serve(port=port)
+    make_exact("qwen3", server.url, **{**parts, "max_steps": 3}).train(resume_from_checkpoint=True)
+    resumed = make_exact("qwen3", server.url, **parts)
+    resumed.train(resume_from_checkpoint=True)
+    for name, parameter in whole.model.state_dict().items():
+        assert torch.equal(parameter, resumed.model.state_dict()[name]), name
 
 
 # Log-probs that it does not have

@@ -402,7 +402,7 @@ def test_every_metric_is_explained(make_trainer, text_dataset):
     explained = {name for first in firsts for name in re.findall(r"`([^` ]+)`", first)}
     options = {"max_steps": 1, "trainer_options": {"eval_dataset": text_dataset}, "per_device_eval_batch_size": 8}
     logged = set()
-    for more in ({"estimator": "exact"}, {"extrapolation": 1.5}, {"entropy_coef": 0.1}):
+    for more in ({"estimator": "exact", "teacher_top_k": 4}, {"extrapolation": 1.5}, {"entropy_coef": 0.1}):
         trainer = make_trainer(**options, **more)
         trainer.train()
         trainer.evaluate()

@@ -3,13 +3,19 @@ What a teacher behind a vLLM server saves and costs: wall time of a step beside 
 process, and the bytes that cross the network for each token.
 
     python -m benchmarks.cost.served_teacher --build
-    vllm serve runs/served_teacher/teacher --dtype float32 --enforce-eager --max-model-len 2048
-    python -m benchmarks.cost.served_teacher --url http://localhost:8000
+    vllm serve runs/served_teacher/teacher --dtype float32 --enforce-eager --max-model-len 2048 --max-logprobs 65
+    python -m benchmarks.cost.served_teacher --url http://localhost:8000 --top_k 16
+    python -m benchmarks.cost.served_teacher --url http://localhost:8000 --answers 0 8 16 32 64
 
-Random Qwen3 models and completions of random lengths; nothing is sampled, so that a step is scoring and loss alone.
+Random Qwen3 models and completions of random lengths; nothing is sampled, so that a step is scoring and loss alone. With
+`--answers` there is no training: the server is asked for the likeliest tokens of the same completions, and its answers are
+read, by the json of Python and, where it is installed, by orjson.
 """
 
 import argparse
+import importlib.util
+import json
+import time
 from pathlib import Path
 from statistics import median
 
@@ -19,6 +25,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
+from gndpo_trl.teachers.served.questions import Question, ServedModel
+from gndpo_trl.teachers.served.servers import VLLMServers
 
 
 FOLDER = Path(__file__).parents[2] / "runs" / "served_teacher"
@@ -79,40 +87,89 @@ def measure(**teacher) -> dict[str, float]:
         train_dataset=Dataset.from_dict({"prompt": ["w3"] * COMPLETIONS * STEPS}),
         rollout_func=rollout_func,
     )
-    num_bytes = {"sent": 0, "received": 0}
+    responses = []
     if "teacher_server_url" in teacher:
 
-        def count(response, **kwargs):
-            num_bytes["sent"] += len(response.request.body)
-            num_bytes["received"] += len(response.content)
+        async def keep(response):
+            responses.append(response)
 
-        trainer.teacher.servers.session.hooks["response"].append(count)
+        trainer.teacher.servers.client.event_hooks = {"response": [keep]}
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "step_time" in entry]
     num_tokens = history[-1]["num_tokens"]
+    num_bytes = {
+        "sent": sum(int(response.request.headers["content-length"]) for response in responses),
+        "received": sum(response.num_bytes_downloaded for response in responses),
+    }
     names = {"step": "step_time", "teacher": "time/teacher_scoring", "student": "time/student_scoring"}
     seconds = {name: median(entry[key] for entry in history) for name, key in names.items()}
     return {**seconds, **{name: number / num_tokens for name, number in num_bytes.items()}}
+
+
+def measure_answers(url: str, top_k: int) -> dict[str, float]:
+    """Bytes for each token of prompts and completions, seconds for a thousand: of the server, and of reading its answer."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randint(3, VOCABULARY, (COMPLETIONS, PROMPT + COMPLETION // 2), generator=generator).tolist()
+    servers = VLLMServers([url], 600.0)
+    name = servers.ask("/v1/models")["data"][0]["id"]
+    model = ServedModel(name, num_known=top_k + 1 if top_k else 0)
+    questions = [Question(tuple(row), PROMPT) for row in rows]
+    path, body = model.request(questions)
+    seconds, num_tokens = {}, sum(map(len, rows))
+    for _ in range(2):  # the first warms the server up
+        start = time.perf_counter()
+        answer = servers.ask(path, body)
+        seconds["server"] = time.perf_counter() - start
+    text = json.dumps(answer, separators=(",", ":"), ensure_ascii=False).encode()
+    for parser in ("json", "orjson"):
+        if importlib.util.find_spec(parser) is not None:
+            seconds[parser] = best_of_three(lambda parser=parser: importlib.import_module(parser).loads(text))
+    seconds["tensors"] = best_of_three(lambda: model.read(questions, answer, servers))
+    per_thousand = {name: 1000 * value / num_tokens for name, value in seconds.items()}
+    return {"sent": len(json.dumps(body)) / num_tokens, "received": len(text) / num_tokens, **per_thousand}
+
+
+def best_of_three(function) -> float:
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--build", action="store_true", help="make the models and leave")
     parser.add_argument("--url", help="of the server of the teacher")
+    parser.add_argument(
+        "--top_k", nargs="+", type=int, default=[], help="with the exact estimator, and so many tokens"
+    )
+    parser.add_argument("--answers", nargs="+", type=int, help="ask the server for so many tokens, and train nothing")
     args = parser.parse_args()
     if args.build:
         return build()
+    if args.answers is not None:
+        found = {top_k: measure_answers(args.url, top_k) for top_k in args.answers}
+        names = list(next(iter(found.values())))
+        print(f"| k | {' | '.join(names)} |\n|{'---|' * (len(names) + 1)}")
+        for top_k, values in found.items():
+            print(f"| {top_k} | {' | '.join(f'{values[name]:.3g}' for name in names)} |")
+        return None
     print(
         "| teacher | step, s | of which waiting for the teacher | student's scoring | bytes sent per token | received |"
     )
     print("|---|---|---|---|---|---|")
-    arms = {"in the process": {"teacher_model_name_or_path": str(FOLDER / "teacher")}}
+    here, there = {"teacher_model_name_or_path": str(FOLDER / "teacher")}, {"teacher_server_url": [args.url]}
+    arms = {"in the process": here}
     if args.url:
-        arms["behind a server"] = {"teacher_server_url": [args.url]}
+        arms["behind a server"] = there
+        for top_k in args.top_k:
+            arms[f"behind a server, exact, top {top_k}"] = {**there, "estimator": "exact", "teacher_top_k": top_k}
     for name, teacher in arms.items():
         found = measure(**teacher)
         seconds = " | ".join(f"{found[key]:.2f}" for key in ("step", "teacher", "student"))
-        print(f"| {name} | {seconds} | {found['sent']:.1f} | {found['received']:.1f} |")
+        print(f"| {name} | {seconds} | {found['sent']:.1f} | {found['received']:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

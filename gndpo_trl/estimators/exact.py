@@ -13,6 +13,7 @@ from ..grpo.trl_hooks import MULTIMODAL_KEYS, HeadCall, HeadFields
 from ..objective.advantages import shift_and_scale
 from ..objective.distributions import ExpectedAdvantage, LMHead, Weighting
 from ..objective.importance import MAX_LOG_RATIO, sequence_log_ratio
+from ..objective.likeliest import LikeliestTokens
 from .vocabulary import WholeVocabulary, for_each_teacher, is_copied, without
 
 
@@ -48,7 +49,7 @@ class Exact(WholeVocabulary):
     ):
         super().__init__(score_clip, field)
         self.std_floor, self.has_baseline, self.clip_range = std_floor, has_baseline, clip_range
-        self.saved_heads: list[LMHead | None] = []  # what a checkpoint holds of them
+        self.saved_heads: list[LMHead | LikeliestTokens | None] = []  # what a checkpoint holds of them
 
     def advantages(self, scores, reading, mask, population):
         expected = reading.distributions.mean.masked_fill(~mask, 0.0)
@@ -69,9 +70,11 @@ class Exact(WholeVocabulary):
         if "score_moments" not in inputs:
             return super().head_reader(inputs)
         if not self.heads:  # the run goes on from a checkpoint
-            found = self.models.teacher_states(one_token(inputs, self.teacher.names)).heads
-            saved = self.saved_heads or [None] * len(found)
-            self.heads = [then or now for then, now in zip(saved, found, strict=True)]
+            self.heads = self.saved_heads
+            if not self.heads or None in self.heads:
+                found = self.models.teacher_states(one_token(inputs, self.teacher.names)).heads
+                saved = self.saved_heads or [None] * len(found)
+                self.heads = [then or now for then, now in zip(saved, found, strict=True)]
         return partial(self._expected_advantage, inputs)
 
     def advantages_in_loss(self, logps, inputs):
@@ -108,15 +111,19 @@ class Exact(WholeVocabulary):
         return fields[0].detach() + (sign_of_loss(ratio)[rows] * expected).to(fields[0].dtype), *fields[1:]
 
     def save_state(self, folder):
-        # Those of a teacher whose weights have moved on since; all others are read again.
+        # Those of a teacher whose weights have moved on since, or who has none; all others are read again.
         heads = [vars(head) if head is not None and is_copied(head) else None for head in self.heads]
-        if any(heads) and PartialState().is_main_process:
+        if any(head is not None for head in heads) and PartialState().is_main_process:
             torch.save(heads, os.path.join(folder, HEADS))
 
     def load_state(self, folder):
         path = os.path.join(folder, HEADS)
         found = torch.load(path, map_location="cpu", weights_only=True) if os.path.exists(path) else []
-        self.heads, self.saved_heads = [], [None if head is None else LMHead(**head) for head in found]
+        self.heads, self.saved_heads = [], [None if head is None else restored(head) for head in found]
+
+
+def restored(fields: dict[str, Any]) -> LMHead | LikeliestTokens:
+    return LMHead(**fields) if "weight" in fields else LikeliestTokens(**fields)
 
 
 def ratios(logps: torch.Tensor, inputs: dict[str, Any]) -> torch.Tensor:

@@ -35,7 +35,7 @@ class LossReading:
         return (mine, False) if self.has_own_prompts else ({**inputs, **mine}, True)
 
     def expect(self, rows: torch.Tensor, columns: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """Where a backward pass has to write the comparison at `n` positions, as the fields `(n, 6)` of a [`Comparison`]."""
+        """Where a backward pass has to write the comparison at `n` positions, as the fields `(n, NUM_FIELDS)` of a [`Comparison`]."""
         shape = (len(rows), NUM_FIELDS)
         found = torch.full(shape, torch.nan, dtype=torch.promote_types(dtype, torch.float32), device=rows.device)
         self.parts.append((rows, columns, found))

@@ -1,5 +1,6 @@
 """Estimators that look at the whole vocabulary: the expected score of a position, as a baseline or as the gradient."""
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -51,7 +52,7 @@ class WholeVocabulary(Estimator):
             raise ValueError(
                 f"{self.field}, which needs the teacher's distribution over the whole vocabulary, but a "
                 f"{type(ignorant).__name__} only knows the sampled tokens. Take a teacher that is a model in this process, "
-                "or leave the field at its default."
+                "for one behind a server set `teacher_top_k` (16, say), or leave the field at its default."
             )
         self.teacher = teacher
 
@@ -135,7 +136,16 @@ class WholeVocabulary(Estimator):
         return zeros, torch.zeros_like(zeros), None, None, None
 
     def metrics(self, reading, mask):
-        return {"score/expected": mean_over_tokens(reading.distributions.mean, mask)}
+        found = reading.distributions
+        values = {
+            "score/expected": found.mean,
+            "top_k/student_mass": found.known_mass,
+            "top_k/rest_clamped": found.rest_clamped,
+            "top_k/overlap": found.overlap,
+        }
+        means = {name: mean_over_tokens(of_name, mask & ~of_name.isnan()) for name, of_name in values.items()}
+        # The last three only where a few tokens are known.
+        return {name: mean for name, mean in means.items() if name.startswith("score/") or not math.isnan(mean)}
 
     def _check_foreign_mass(self, mass: float) -> None:
         if mass > LARGEST_FOREIGN_MASS:
@@ -206,7 +216,8 @@ def is_parameter(weight: torch.Tensor | None) -> bool:
 
 
 def is_copied(head: LMHead) -> bool:
-    return any(not is_parameter(weight) for weight in head.parameters)
+    """Whether nothing of it is a model's own."""
+    return not any(map(is_parameter, head.parameters))
 
 
 def compare_rows(

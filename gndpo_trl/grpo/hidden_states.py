@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from ..objective.distributions import LMHead
-from .trl_hooks import HeadCall, HeadFields
+from ..objective.distributions import LMHead, chunks
+from ..objective.likeliest import LikeliestTokens, keep_likeliest
+from .trl_hooks import HeadCall, HeadFields, maybe_gather_lm_head_ctx
 
 
 @dataclass
@@ -16,16 +18,18 @@ class HiddenStates:
 
     Attributes:
         rows (`list[torch.Tensor]`): For each completion its `(T_i, H)` last hidden states, those that predict its tokens, in
-            CPU memory, unless they were asked for elsewhere, and in the dtype that the head computes in.
-        head ([`LMHead`], *optional*): The model's, with its parameters, which ZeRO-3 and FSDP shard.
+            CPU memory, unless they were asked for elsewhere, and in the dtype that the head computes in; or `(T_i, K, 2)`, what
+            is known of a few tokens, see [`~objective.likeliest.LikeliestTokens`].
+        head ([`LMHead`] or [`~objective.likeliest.LikeliestTokens`], *optional*): The model's, with its parameters, which ZeRO-3
+            and FSDP shard.
         heads (`list[LMHead | None]`, *optional*): All heads, where the rows come from several models, `None` for those that
             have no row in any process.
         head_of_row (`list[int]`, *optional*): Number of each row's head in `heads`.
     """
 
     rows: list[torch.Tensor]
-    head: LMHead | None = None
-    heads: list[LMHead | None] = field(default_factory=list)
+    head: LMHead | LikeliestTokens | None = None
+    heads: list[LMHead | LikeliestTokens | None] = field(default_factory=list)
     head_of_row: list[int] = field(default_factory=list)
 
     def __post_init__(self):
@@ -65,6 +69,27 @@ def head_of(call: HeadCall) -> LMHead:
     is_cast = torch.is_autocast_enabled(device_type)
     dtype = torch.get_autocast_dtype(device_type) if is_cast else call.hidden.dtype
     return LMHead(call.weight, call.bias, dtype, call.temperature, call.softcap, call.scale)
+
+
+@torch.no_grad()
+def keep_top_k(states: HiddenStates, rollout: dict[str, Any], top_k: int) -> HiddenStates:
+    """
+    What is known of `top_k` tokens and the sampled one at each position, in the place of hidden states of a single model. All
+    ranks that share its head call it together.
+    """
+    ids, mask = rollout["completion_ids"], rollout["completion_mask"].bool()
+    rows = []
+    with maybe_gather_lm_head_ctx(
+        *(weight for weight in states.head.parameters if isinstance(weight, torch.nn.Parameter))
+    ):
+        head = states.head.on(ids.device)
+        for hidden, sampled in zip(states.rows, ids[mask].split([len(row) for row in states.rows]), strict=True):
+            parts = []
+            for chunk in chunks(max(len(hidden), 1), ids.device):
+                log_probs = head.logits(hidden[chunk].to(ids.device)).log_softmax(-1)
+                parts.append(keep_likeliest(log_probs, sampled[chunk], top_k).cpu())
+            rows.append(torch.cat(parts))
+    return HiddenStates(rows, LikeliestTokens(len(head.weight)))
 
 
 class Collector:

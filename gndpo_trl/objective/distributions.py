@@ -81,6 +81,10 @@ class LMHead:
         scores = teacher_log_probs[:, :num_common].sub_(log_probs[:, :num_common])
         return scores if score_clip is None else scores.clamp_(-score_clip, score_clip), teacher_logps
 
+    def coverage(self, states: torch.Tensor, log_probs: torch.Tensor, score_clip: float | None) -> torch.Tensor:
+        """What [`~objective.likeliest.LikeliestTokens`] says of how much is looked at `(n, 3)`: NaN, since that is everything."""
+        return log_probs.new_full((len(log_probs), 3), torch.nan)
+
     @property
     def parameters(self) -> list[torch.Tensor]:
         """Weights that have to be whole for `on`."""
@@ -106,6 +110,10 @@ class Comparison:
         variance (`torch.Tensor`): `Σ_a π(a) (c(a) - mean)²`.
         foreign_mass (`torch.Tensor`): The student's probability of ids that the teacher does not have.
         entropy (`torch.Tensor`): The student's, `-Σ_a π(a) log π(a)`.
+        known_mass (`torch.Tensor`): The student's probability of the tokens whose log-probs are known of the teacher.
+        rest_clamped (`torch.Tensor`): 1 where the clamp of the others' common score is active, and else 0.
+        overlap (`torch.Tensor`): Of as many likeliest tokens of the teacher's as are known, the share that are the student's. NaN,
+            as are the two before, where all of the teacher's are known.
     """
 
     student_logps: torch.Tensor
@@ -114,10 +122,13 @@ class Comparison:
     variance: torch.Tensor
     foreign_mass: torch.Tensor
     entropy: torch.Tensor
+    known_mass: torch.Tensor
+    rest_clamped: torch.Tensor
+    overlap: torch.Tensor
 
     @classmethod
     def of(cls, values: torch.Tensor) -> "Comparison":
-        """From `(..., 6)`, in the order of the fields."""
+        """From `(..., NUM_FIELDS)`, in the order of the fields."""
         return cls(*values.unbind(-1))
 
 
@@ -160,7 +171,10 @@ class Positions:
         self.logits = head.logits(states)
         log_probs = self.logits.log_softmax(-1)
         self.scores, self.teacher_logps = teacher_head.scores(teacher_states, log_probs, score_clip, ids)
-        self.logps = None if ids is None else log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+        self.logps, self.coverage = None, None
+        if ids is not None:
+            self.logps = log_probs.gather(-1, ids.unsqueeze(-1)).squeeze(-1)
+            self.coverage = teacher_head.coverage(teacher_states, log_probs, score_clip)
         self.log_normalizer = self.logits[:, 0] - log_probs[:, 0]
         self.probs = log_probs.exp_()
         self.common = self.probs[:, : self.scores.size(-1)]
@@ -170,12 +184,13 @@ class Positions:
         return torch.linalg.vecdot(self.common, self.scores)
 
     def comparison(self, mean: torch.Tensor) -> torch.Tensor:
-        """`(n, 6)` fields of a [`Comparison`]; leaves in `scores` the scores less their `mean`."""
+        """`(n, NUM_FIELDS)` fields of a [`Comparison`]; leaves in `scores` the scores less their `mean`."""
         centred = self.scores.sub_(mean.unsqueeze(-1))
         variance = torch.linalg.vecdot(self.common, centred.square())
         foreign_mass = self.probs[:, centred.size(-1) :].sum(-1)
         entropy = self.log_normalizer - torch.linalg.vecdot(self.probs, self.logits)
-        return torch.stack([self.logps, self.teacher_logps, mean, variance, foreign_mass, entropy], dim=-1)
+        found = torch.stack([self.logps, self.teacher_logps, mean, variance, foreign_mass, entropy], dim=-1)
+        return torch.cat([found, self.coverage], dim=-1)
 
 
 @torch.no_grad()
@@ -329,7 +344,7 @@ class ComparedInBackward(torch.autograd.Function):
     score of its position: of all tokens, `Σ_a π(a) (c(a) - mean) ∇log π(a)`, or of the sampled one, `(c - mean) ∇log π`.
 
     The backward pass compares the two models at the same time, so that their heads are applied once: it writes the fields of
-    a [`Comparison`] into `found` `(N, 6)`. Ids that the teacher does not have are not provided for: there may be none.
+    a [`Comparison`] into `found` `(N, NUM_FIELDS)`. Ids that the teacher does not have are not provided for: there may be none.
     """
 
     @staticmethod
@@ -344,7 +359,7 @@ class ComparedInBackward(torch.autograd.Function):
         ids: torch.Tensor,  # (N,)
         score_clip: float | None,
         of_all_tokens: bool,
-        found: torch.Tensor,  # (N, 6)
+        found: torch.Tensor,  # (N, NUM_FIELDS)
         gather: Callable[[], AbstractContextManager],
     ) -> torch.Tensor:
         ctx.save_for_backward(hidden, weight, bias, teacher_states, ids)

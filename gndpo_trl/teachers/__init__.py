@@ -1,5 +1,7 @@
 """Who scores the student's samples, and whether it can."""
 
+from ..grpo.hidden_states import HiddenStates
+from ..objective.likeliest import LikeliestTokens, keep_likeliest
 from .local import LocalTeacher
 from .prompt_fn import Completion, TeacherPromptFn
 from .routed import RoutedTeacher
@@ -10,11 +12,14 @@ from .teacher import Teacher
 
 __all__ = [
     "Completion",
+    "HiddenStates",
     "InitialStudent",
+    "LikeliestTokens",
     "LocalTeacher",
     "RoutedTeacher",
     "SelfTeacher",
     "ServerTeacher",
     "Teacher",
     "TeacherPromptFn",
+    "keep_likeliest",
 ]

@@ -70,6 +70,7 @@ def get_teacher(
         "teacher_model_revision": args.teacher_model_revision,
         "teacher_model_init_kwargs": args.teacher_model_init_kwargs,
         "teacher_offload": args.teacher_offload or None,
+        "teacher_top_k": args.teacher_top_k,
     }
     for name, value in options.items():
         if value is not None and all(isinstance(teacher, Teacher) for teacher in teachers):
@@ -113,6 +114,7 @@ def make_teacher(
         offload=args.teacher_offload,
         cast_lm_head_to_fp32=args.cast_lm_head_to_fp32,
         max_completion_length=args.max_completion_length,
+        top_k=args.teacher_top_k,
     )
 
 
@@ -139,6 +141,7 @@ def get_server_teacher(
         trust_remote_code=trust_remote_code,
         max_completion_length=args.max_completion_length,
         timeout=args.teacher_server_timeout,
+        top_k=args.teacher_top_k,
     )
     check_not_sampled_from(teacher, args)
     return teacher
@@ -192,7 +195,11 @@ def get_self_teacher(
             "for a copy with a head of its own."
         )
     return SelfTeacher(
-        args.teacher_weights, args.teacher_ema_decay, args.teacher_sync_steps, offload=args.teacher_offload
+        args.teacher_weights,
+        args.teacher_ema_decay,
+        args.teacher_sync_steps,
+        offload=args.teacher_offload,
+        top_k=args.teacher_top_k,
     )
 
 
@@ -237,4 +244,5 @@ def get_initial_student(args: GNDPOConfig, student: StudentArguments) -> Initial
         trust_remote_code=args.trust_remote_code,
         offload=args.teacher_offload,
         cast_lm_head_to_fp32=args.cast_lm_head_to_fp32,
+        top_k=args.teacher_top_k,
     )

@@ -12,7 +12,7 @@ from accelerate.utils import gather, is_peft_model
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..grpo.head_check import check_head
-from ..grpo.hidden_states import HiddenStates
+from ..grpo.hidden_states import HiddenStates, keep_top_k
 from ..grpo.trl_hooks import add_fused_lm_head, create_model_from_path, prepare_deepspeed, prepare_fsdp
 from .compatibility import ModelDescription, ProcessingClass, check_compatibility, describe, warn_on_text_prompts
 from .offload import OffloadedWeights
@@ -52,6 +52,9 @@ class LocalTeacher(Teacher):
         max_completion_length (`int`, *optional*):
             Length of the longest completions, for which it has to have positions. If `None`, they are counted when it
             scores.
+        top_k (`int`, *optional*):
+            Number of likeliest tokens, beside the sampled one, that are kept of its distribution at a position. `None`: all,
+            as hidden states.
 
     Raises:
         `TypeError`: if it is neither a path nor a model.
@@ -70,6 +73,7 @@ class LocalTeacher(Teacher):
         offload: bool = False,
         cast_lm_head_to_fp32: bool = False,
         max_completion_length: int | None = None,
+        top_k: int | None = None,
     ):
         self.model = fspath(model) if isinstance(model, PathLike) else model
         if not isinstance(self.model, str) and not hasattr(self.model, "config"):
@@ -89,6 +93,7 @@ class LocalTeacher(Teacher):
         self.offload = offload
         self.is_read_when_due = not offload
         self.cast_lm_head_to_fp32 = cast_lm_head_to_fp32
+        self.top_k = top_k
         self.description = describe(
             "teacher_model",
             self.model,
@@ -152,7 +157,8 @@ class LocalTeacher(Teacher):
         """See [`Teacher`]; raises `ValueError` as `per_token_logps` does for ids and positions that the teacher does not have."""
         self._check_rows(rollout)
         with self.on_device():
-            return read(self.model, rollout)
+            states = read(self.model, rollout)
+            return states if self.top_k is None else keep_top_k(states, rollout, self.top_k)
 
     def identity(self) -> str:
         """Its class, origin, and the sum of some of its weights."""
@@ -160,7 +166,8 @@ class LocalTeacher(Teacher):
         some = parameters[:: max(1, len(parameters) // NUM_SUMMED)]
         total = sum(piece(parameter).detach().float().abs().sum().cpu() for parameter in some)
         total = gather(total.view(1).to(PartialState().device)).sum().item()
-        return f"{self.description.name} of {self.description.config._name_or_path!r} (weights: {total:.7g})"
+        known = "" if self.top_k is None else f", its likeliest {self.top_k} tokens"
+        return f"{self.description.name} of {self.description.config._name_or_path!r} (weights: {total:.7g}){known}"
 
     def _check_rows(self, rollout: dict[str, Any]) -> None:
         longest = (rollout["prompt_mask"].sum(-1) + rollout["completion_mask"].sum(-1)).max()

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from ..grpo.data_checks import rows_with_values
-from ..grpo.hidden_states import HiddenStates
+from ..grpo.hidden_states import HiddenStates, keep_top_k
 from ..grpo.ranks import raised_on_all_ranks
 from ..grpo.trl_hooks import maybe_gather_lm_head_ctx
 from .local import LocalTeacher
@@ -71,13 +71,21 @@ class SelfTeacher(NeedsPrompts):
         decay (`float`, *optional*, defaults to `0.999`): Share of the average that an optimizer step leaves.
         sync_steps (`int`, *optional*, defaults to `50`): Optimizer steps between two copies.
         offload (`bool`, *optional*, defaults to `False`): Whether the teacher's weights are kept in CPU memory.
+        top_k (`int`, *optional*): Of its distribution, see [`LocalTeacher`].
 
     Raises:
         `ValueError`: if no row has a prompt for the teacher, if the model is sharded by FSDP 1, or if a checkpoint to go on from holds no weights of such a teacher.
     """
 
-    def __init__(self, weights: str, decay: float = 0.999, sync_steps: int = 50, offload: bool = False):
-        self.weights = weights
+    def __init__(
+        self,
+        weights: str,
+        decay: float = 0.999,
+        sync_steps: int = 50,
+        offload: bool = False,
+        top_k: int | None = None,
+    ):
+        self.weights, self.top_k = weights, top_k
         self.decay, self.sync_steps, self.offload = decay, sync_steps, offload
         self.has_own_weights = weights != "live"
         self.state = STATE_OF_START if weights == "initial" else STATE
@@ -121,13 +129,16 @@ class SelfTeacher(NeedsPrompts):
         return [False] * len(rows)
 
     def identity(self) -> str:
-        return f"the student ({self.weights})"
+        known = "" if self.top_k is None else f", its likeliest {self.top_k} tokens"
+        return f"the student ({self.weights}){known}"
 
     def hidden_states(self, rollout: dict[str, Any], read: ReadHiddenStates) -> HiddenStates:
         """See [`Teacher`]. The LM head is a copy where the student's is trained, whose weights will move on."""
         self.check_rows(rollout["rows"])
         with self._teaching():
             states = read(self.student, rollout)
+            if self.top_k is not None:
+                return keep_top_k(states, rollout, self.top_k)
             weights = [weight for weight in (states.head.weight, states.head.bias) if weight is not None]
             if any(weight.requires_grad for weight in weights):
                 with maybe_gather_lm_head_ctx(*weights):

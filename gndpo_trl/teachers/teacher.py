@@ -123,10 +123,11 @@ class Teacher(TrainerCallback):
 
     def hidden_states(self, rollout: dict[str, Any], read: ReadHiddenStates) -> HiddenStates:
         """
-        What the teacher knows of every token of the vocabulary at the sampled positions, for `score_baseline="expected"`
-        and `estimator="exact"`, which then ask for this instead of `per_token_logps`. A teacher that has it is made of models
-        in this process; the others leave it out, and are refused for these two. Where NaN is an answer (`may_not_know`), it
-        is one in the hidden states, too.
+        What the teacher knows of all tokens of the vocabulary at the sampled positions, for `score_baseline="expected"` and
+        `estimator="exact"`, which then ask for this instead of `per_token_logps`. A teacher that is a model in this process
+        has its hidden states and its LM head; any other the likeliest tokens of its distributions, as
+        [`~objective.likeliest.keep_likeliest`] makes them, with [`~objective.likeliest.LikeliestTokens`] as the head. One that
+        leaves it out is refused for these two. Where NaN is an answer (`may_not_know`), it is one here, too.
 
         Args:
             rollout (`dict`): The batch that `start` was called with.

@@ -42,6 +42,12 @@ CASES = {
         "own_prompts": True,
         "config": {"estimator": "exact"},
     },
+    "exact, top 4": {"completions": SPREAD_COMPLETIONS, "config": {"estimator": "exact", "teacher_top_k": 4}},
+    "exact, top 4, routed": {
+        "completions": SPREAD_COMPLETIONS,
+        "routed": True,
+        "config": {"estimator": "exact", "teacher_top_k": 4},
+    },
     "exact, images": {"completions": SPREAD_COMPLETIONS, "family": "internvl", "config": {"estimator": "exact"}},
 }
 
@@ -109,6 +115,8 @@ def gradients(run, start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ("exact, images", "zero3", 2, 2),
         ("exact, own prompts", "zero3", 2, 2),
         ("exact, routed", "zero3", 2, 2),
+        ("exact, top 4", "fsdp2", 2, 2),
+        ("exact, top 4, routed", "zero3", 2, 2),
     ],
 )
 def test_two_processes_equal_one(launch, one_process, checkpoints, case, accelerate_config, batch_size, accumulation):
@@ -134,7 +142,7 @@ def test_two_processes_equal_one(launch, one_process, checkpoints, case, acceler
 
     entries = [run.reports[0]["log_history"][0] for run in (expected, found)]
     for name, value in entries[0].items():
-        if name.startswith(("score/", "advantages/", "teacher/", "student/", "reverse_kl", "reward")):
+        if name.startswith(("score/", "top_k/", "advantages/", "teacher/", "student/", "reverse_kl", "reward")):
             assert entries[1][name] == (None if value is None else pytest.approx(value, abs=1e-5)), name
 
     in_one_pass = case.startswith(("none", "baseline", "exact")) and case != "exact, routed"

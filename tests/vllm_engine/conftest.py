@@ -64,7 +64,7 @@ def serve(tmp_path_factory):
     logs = tmp_path_factory.mktemp("servers")
     processes = []
 
-    def start(model: str) -> tuple[subprocess.Popen, str]:
+    def start(model: str, max_logprobs: int = -1) -> tuple[subprocess.Popen, str]:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -76,7 +76,7 @@ def serve(tmp_path_factory):
             "max-num-seqs": 16,
             "max-num-batched-tokens": 2048,
             "logprobs-mode": "processed_logprobs",
-            "max-logprobs": -1,
+            "max-logprobs": max_logprobs,
             "limit-mm-per-prompt": '{"image": 3}',
         }
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", "--enable-scale-out"]

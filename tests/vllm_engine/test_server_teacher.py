@@ -12,7 +12,7 @@ import pytest
 import requests
 import torch
 from fastapi.responses import JSONResponse
-from helpers import make_rollout
+from helpers import assert_same_gradients, gradients, make_rollout
 from PIL import Image
 from transformers import TrainerCallback
 from vllm.entrypoints.generate.base.serving import clamp_prompt_logprobs
@@ -72,6 +72,36 @@ def test_it_scores_as_the_same_teacher_here(make, teacher_urls, checkpoints, fam
     trainer.train()
     assert trainer.state.global_step == 2
     assert [entry.get("teacher/unknown_tokens", 0) for entry in trainer.state.log_history] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("family, images", [("qwen25vl", False), ("qwen25vl", True), ("internvl", True)])
+def test_with_all_tokens_the_exact_gradient_is_that_of_the_same_teacher_here(
+    make, teacher_urls, checkpoints, family, images
+):
+    options = {"images": images, "estimator": "exact", "max_steps": 1}
+    served = make(family, teacher_urls[family], teacher_top_k=10_000, **options)
+    assert served.teacher.model.num_known == served.model.config.get_text_config().vocab_size
+    found = gradients(served)
+    local = make(family, teacher_model=LocalTeacher(checkpoints[f"{family}-student"]), **options)  # seeds
+    assert_same_gradients(found, gradients(local))
+
+
+@pytest.mark.parametrize("images", [False, True])
+def test_the_likeliest_tokens_are_those_of_the_same_teacher_here(make, teacher_urls, checkpoints, images):
+    options = {"images": images, "estimator": "exact", "max_steps": 1}
+    found = gradients(make("qwen25vl", teacher_urls["qwen25vl"], teacher_top_k=8, **options))
+    local = make("qwen25vl", teacher_model=LocalTeacher(checkpoints["qwen25vl-student"], top_k=8), **options)  # seeds
+    assert_same_gradients(found, gradients(local))
+
+
+def test_a_server_whose_bound_is_too_low_is_found_at_the_start(serve, checkpoints):
+    process, url = serve(checkpoints["qwen3-student"], max_logprobs=10)
+    VLLMServers([url], STARTS_WITHIN).ask("/v1/models")
+    student = describe("model", checkpoints["qwen3-teacher"])
+    ServerTeacher(url, top_k=9).check(student)
+    with pytest.raises(ValueError, match=r"`teacher_top_k` is 10.*Restart it with `--max-logprobs 11` or more"):
+        ServerTeacher(url, top_k=10).check(student)
+    os.killpg(process.pid, signal.SIGKILL)
 
 
 right_request = ServedModel.request

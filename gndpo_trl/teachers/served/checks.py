@@ -46,6 +46,7 @@ class Wanted:
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`] or `None`): That.
         load_options (`dict`): `revision` and `trust_remote_code` of what is loaded from `path`.
         max_completion_length (`int` or `None`): Longest completion to score.
+        top_k (`int` or `None`): Number of likeliest tokens to know at each position beside the sampled one.
     """
 
     name: str | None
@@ -53,6 +54,7 @@ class Wanted:
     processing_class: ProcessingClass | None
     load_options: dict[str, Any]
     max_completion_length: int | None
+    top_k: int | None = None
 
     @cached_property
     def description(self) -> ModelDescription | None:
@@ -81,7 +83,12 @@ def check_servers(servers: VLLMServers, wanted: Wanted, student: ModelDescriptio
         model = find_model(servers, wanted)
         model.image_token_id, model.placeholders = find_placeholders(student)
         check_tokens(servers, model, wanted, student)
-        model.vocab_size = find_vocab_size(servers, model, student.config.get_text_config().vocab_size)
+        vocab_size = student.config.get_text_config().vocab_size
+        model.vocab_size = find_vocab_size(servers, model, vocab_size)
+        if wanted.top_k is not None:
+            model.num_known = min(wanted.top_k + 1, model.vocab_size or vocab_size)
+            for one in servers.alone():
+                check_top_k(one, model, student.tokenizer, wanted.top_k)
         check_same(servers.urls, [check_text(one, model, student.tokenizer) for one in servers.alone()])
         if isinstance(student.processing_class, ProcessorMixin):
             for size in PROBE_SIZES:
@@ -210,6 +217,18 @@ def find_vocab_size(servers: VLLMServers, model: ServedModel, vocab_size: int) -
     return bisect_left(range(vocab_size), True, key=is_refused) if is_refused(vocab_size - 1) else None
 
 
+def check_top_k(server: VLLMServers, model: ServedModel, tokenizer: PreTrainedTokenizerBase, top_k: int) -> None:
+    """Raise `ValueError` if a single server does not give the log-probs of so many tokens."""
+    try:
+        server.ask(*model.request([Question(tuple(tokenizer(PROBE)["input_ids"]), 1)]))
+    except Refusal as refusal:
+        raise ValueError(
+            f"`teacher_top_k` is {top_k}, so that the vLLM server at {server} is asked for the log-probs of {model.num_known} "
+            f"tokens at each position, which it refuses. Restart it with `--max-logprobs {model.num_known}` or more (vLLM's "
+            f"default is 20), or lower `teacher_top_k`. It says: {refusal}"
+        ) from refusal
+
+
 def check_text(server: VLLMServers, model: ServedModel, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """Log-probs that a single server gives for a text; `ValueError` if they are none."""
     probe = Question(tuple(tokenizer(PROBE)["input_ids"]), 1)
@@ -221,7 +240,7 @@ def check_text(server: VLLMServers, model: ServedModel, tokenizer: PreTrainedTok
             f"The vLLM server at {server} gives logits in place of log-probs: five tokens would have a probability of "
             f"{most:.3g} together. Restart it with `--logprobs-mode raw_logprobs`."
         )
-    logps = torch.tensor(finish(model.answers(server, [probe]))[probe])
+    logps = torch.tensor(finish(model.answers(server, [probe]))[probe].logps)
     if not logps.isfinite().all():
         raise ValueError(f"The vLLM server at {server} has no log-probs for tokens as common as {PROBE!r}.")
     return logps
@@ -240,7 +259,7 @@ def picture_probes(student: ModelDescription, size: tuple[int, int]) -> list[Que
 def check_pictures(server: VLLMServers, model: ServedModel, probes: list[Question]) -> torch.Tensor:
     """Log-probs that a single server gives for the first probe; `ValueError` if it does not look at pictures."""
     learn_around_picture(server, model, probes[0])
-    logps, others = (torch.tensor(finish(model.answers(server, [probe]))[probe]) for probe in probes)
+    logps, others = (torch.tensor(finish(model.answers(server, [probe]))[probe].logps) for probe in probes)
     ids = probes[0].ids
     last = len(ids) - 1 - ids[::-1].index(model.image_token_id)
     if not (logps - others)[last:].abs().nan_to_num().max() > OTHER_PROMPT:

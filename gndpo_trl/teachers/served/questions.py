@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import torch
 from PIL import Image
 from trl.generation.vllm_client import pil_to_base64
 
 from ...grpo.pictures import open_picture
+from ...objective.likeliest import pack
 from .servers import NaNInAnswer, ServerError, VLLMServers
 
 
@@ -43,8 +45,22 @@ class Question:
     pictures: tuple[Picture, ...] = ()
 
 
-# Log-probs in nats from `start` on, NaN where unknown; may end early.
-Answers = dict[Question, list[float]]
+@dataclass(frozen=True)
+class Answer:
+    """
+    What is known of a question from its `start` on; may end early.
+
+    Attributes:
+        logps (`list[float]`): Log-probs of its tokens, in nats, NaN where unknown.
+        states (`torch.Tensor` of shape `(len(logps), K, 2)` or `None`): Those of the likeliest tokens, too, if they were asked
+            for, see [`~objective.likeliest.LikeliestTokens`]; NaN where `logps` is.
+    """
+
+    logps: list[float]
+    states: torch.Tensor | None = None
+
+
+Answers = dict[Question, Answer]
 
 
 def split(questions: Iterable[Question], request_tokens: int) -> Iterator[list[Question]]:
@@ -75,6 +91,8 @@ class ServedModel:
         vocab_size (`int` or `None`): The servers take ids below this; `None`: all of the student's.
         around_picture (`tuple[list[int], list[int]]`): Ids that the servers write before and after a picture themselves,
             and must not be given.
+        num_known (`int`): Number of tokens whose log-probs are asked for at each position, the sampled one among them; 0: that
+            one alone, and no states.
     """
 
     name: str
@@ -83,6 +101,7 @@ class ServedModel:
     placeholders: frozenset[int] = frozenset()
     vocab_size: int | None = None
     around_picture: tuple[list[int], list[int]] = ((), ())
+    num_known: int = 0
 
     def known(self, ids: list[int]) -> list[int]:
         """The sampled ids up to the first that the servers cannot score, nor what comes after it."""
@@ -111,7 +130,7 @@ class ServedModel:
             answer = await servers.answer(path, body, first)
         except NaNInAnswer:
             if len(questions) == 1:
-                return {questions[0]: []}
+                return {questions[0]: Answer([], torch.zeros(0, self.num_known, 2) if self.num_known else None)}
             return {one: (await self.answers(servers, [one], first))[one] for one in questions}
         try:
             return self.read(questions, answer, servers)
@@ -127,7 +146,8 @@ class ServedModel:
         Raises:
             `ServerError`: if the servers would read placeholders as text.
         """
-        options = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": 0}
+        # The likeliest, and the token itself where it is none of them.
+        options = {"max_tokens": 1, "temperature": 1.0, "prompt_logprobs": self.num_known}
         if questions[0].pictures:
             (question,) = questions
             body = {
@@ -182,7 +202,7 @@ class ServedModel:
                     f"the student has {len(question.ids)}, or others. Serve a teacher of the student's model family, with "
                     "its processor files, and with no `--mm-processor-kwargs` of its own."
                 )
-            return {question: read_logps(answer["prompt_logprobs"], question, servers)}
+            return {question: read_answer(answer["prompt_logprobs"], question, self.num_known, servers)}
         answers = {}
         for question, choice in zip(questions, answer["choices"], strict=True):
             read = choice.get("prompt_token_ids")  # older servers do not say
@@ -190,27 +210,30 @@ class ServedModel:
                 raise ServerError(
                     f"The vLLM server at {servers} reads other tokens than it was sent. {ANOTHER_PROMPT}"
                 )
-            answers[question] = read_logps(choice["prompt_logprobs"], question, servers)
+            answers[question] = read_answer(choice["prompt_logprobs"], question, self.num_known, servers)
         return answers
 
 
 ANOTHER_PROMPT = "It reads something else than it was sent: look for a proxy between, or for options that truncate."
 
 
-def read_logps(positions: list[dict[str, Any] | None], question: Question, servers: VLLMServers) -> list[float]:
+def read_answer(
+    positions: list[dict[str, Any] | None], question: Question, num_known: int, servers: VLLMServers
+) -> Answer:
     """
-    Log-probs of a question's tokens from its `start` on.
+    What vLLM says of a question's tokens from its `start` on.
 
     Args:
         positions (`list[dict]`): vLLM's `prompt_logprobs`: of every token but the first, by id, as strings.
         question ([`Question`]): What was asked.
+        num_known (`int`): See [`ServedModel`].
         servers ([`VLLMServers`]): Who answered, for the message.
 
     Returns:
-        `list[float]`: log-probs in nats, NaN where there is none or where it is minus infinity.
+        [`Answer`]: log-probs in nats, NaN where there is none. Where it is minus infinity, that of the token itself is NaN.
 
     Raises:
-        `ServerError`: if these are the log-probs of other tokens, or no log-probs.
+        `ServerError`: if these are the log-probs of other tokens, of fewer than were asked for, or no log-probs.
     """
     where = f"The vLLM server at {servers}"
     others = [
@@ -224,12 +247,39 @@ def read_logps(positions: list[dict[str, Any] | None], question: Question, serve
             + (f", and of another token at position {others[0]}" if others else "")
             + f". {ANOTHER_PROMPT}"
         )
-    logps = []
-    for place in range(question.start, len(question.ids)):
-        entry = (positions[place] or {}).get(str(question.ids[place])) or {}
+    completion = question.ids[question.start :]
+    logps, known = [], []
+    for id, position in zip(completion, positions[question.start :], strict=True):
+        entry = (position or {}).get(str(id)) or {}
         logp = entry.get("logprob")
         logp = math.nan if logp is None or logp <= MINUS_INFINITY else float(logp)
         if logp > 1e-3:
             raise ServerError(f"{where} gives a log-prob of {logp:.3g}, which is none. Look at its `--logprobs-mode`.")
         logps.append(logp)
-    return logps
+        if num_known:
+            known.append(read_known(position or {}, str(id), num_known, where))
+    if not num_known:
+        return Answer(logps)
+    ids, log_probs = torch.tensor(known, dtype=torch.float64).view(-1, 2, num_known).unbind(1)
+    log_probs[log_probs <= MINUS_INFINITY] = -math.inf
+    states = pack(ids, log_probs.float())
+    unknown = torch.tensor(logps).isnan() | states.isnan().flatten(1).any(-1)
+    states[unknown] = math.nan
+    return Answer(torch.tensor(logps).masked_fill(unknown, math.nan).tolist(), states)
+
+
+def read_known(position: dict[str, Any], sampled: str, num_known: int, where: str) -> list[float]:
+    """Ids of the known tokens at a position, and then their log-probs; NaN where nothing is said of the sampled one."""
+    if sampled not in position:
+        return [math.nan] * (2 * num_known)
+    if len(position) > num_known:  # the sampled one came in addition: it takes the place of the least likely other one
+        others = [id for id in position if id != sampled]
+        least = min(others, key=lambda id: -math.inf if position[id]["logprob"] is None else position[id]["logprob"])
+        position = {id: entry for id, entry in position.items() if id != least}
+    if len(position) < num_known:
+        raise ServerError(
+            f"{where} gives the log-probs of {len(position)} tokens at a position where {num_known} were asked for. It answers "
+            "otherwise than vLLM does: look for a proxy between, or unset `teacher_top_k`."
+        )
+    log_probs = [math.nan if entry["logprob"] is None else entry["logprob"] for entry in position.values()]
+    return [*map(int, position), *log_probs]

@@ -23,8 +23,8 @@ TRIED_AGAIN = (408, 429, 500, 502, 503, 504)
 # Seconds: to be connected, and between tries, doubled from the first to the last.
 CONNECT, FIRST_WAIT, LONGEST_WAIT = 10, 0.5, 30
 
-# Largest answer that is read, in bytes, and what each byte of the request adds to it. A token takes some 6 bytes there
-# and 80 back.
+# Largest answer that is read, in bytes, and what each byte of the request adds to it, times the log-probs at a position. A
+# token takes some 6 bytes there, and 80 back for each of them.
 LARGEST_ANSWER, LARGER_BY = 2**26, 100
 
 # What vLLM answers where a log-prob is NaN, which JSON does not know.
@@ -148,6 +148,8 @@ class VLLMServers:
             `ServerError`: if none has answered in time, or if an answer is too large.
         """
         content = None if body is None else json.dumps(body).encode()
+        num_logprobs = 1 if body is None else 1 + (body.get("sampling_params", body).get("prompt_logprobs") or 0)
+        limit = LARGEST_ANSWER + LARGER_BY * num_logprobs * len(content or b"")
         async with self.places:
             tries, url, reason = 0, self.urls[0], ""
             try:
@@ -157,7 +159,7 @@ class VLLMServers:
                         reason = "it was asked, and its answer has not come to an end"
                         try:
                             async with asyncio.timeout(self.timeout / len(self.urls)):
-                                return await self._try(url, path, content)
+                                return await self._try(url, path, content, limit)
                         except TimeoutError:
                             pass
                         except (httpx.RequestError, Away) as error:
@@ -176,9 +178,8 @@ class VLLMServers:
                     f"(`teacher_server_timeout`) and {tries} tries. The last one, at {url}: {reason}"
                 ) from error
 
-    async def _try(self, url: str, path: str, content: bytes | None) -> dict[str, Any]:
+    async def _try(self, url: str, path: str, content: bytes | None, limit: int) -> dict[str, Any]:
         method, headers = ("GET", {}) if content is None else ("POST", {"Content-Type": "application/json"})
-        limit = LARGEST_ANSWER + LARGER_BY * len(content or b"")
         data = bytearray()
         async with self.client.stream(method, url + path, content=content, headers=headers) as response:
             async for part in response.aiter_bytes():

@@ -12,12 +12,14 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedModel
 
 from ...grpo.checkpoints import RunCannotGoOn
+from ...grpo.hidden_states import HiddenStates
 from ...grpo.ranks import raised_on_all_ranks
+from ...objective.likeliest import LikeliestTokens
 from ..compatibility import ModelDescription, ProcessingClass, warn_on_text_prompts
 from ..prompts import images_of
-from ..teacher import Score, Teacher
+from ..teacher import ReadHiddenStates, Score, Teacher
 from .checks import Wanted, check_servers
-from .questions import Answers, Picture, Question, split
+from .questions import Answer, Answers, Picture, Question, split
 from .servers import ServerError, VLLMServers, begin
 from .urls import check_urls
 
@@ -72,6 +74,9 @@ class ServerTeacher(Teacher):
             Most tokens in a request, unless it is a single longer row. Rows with images go one by one.
         max_unknown (`float`, *optional*, defaults to 0.01):
             Largest fraction of a batch's tokens that the server may have no log-prob for.
+        top_k (`int`, *optional*):
+            Number of likeliest tokens to ask for at each position, beside the sampled one, for `estimator="exact"` and
+            `score_baseline="expected"`. `None`: the sampled one alone, which these two cannot do with.
 
     Raises:
         `ValueError`: at construction or in `check`, if a URL is none, if there is no server, or if it cannot score what
@@ -93,11 +98,12 @@ class ServerTeacher(Teacher):
         timeout: float = 600.0,
         request_tokens: int = 16384,
         max_unknown: float = 0.01,
+        top_k: int | None = None,
     ):
         self.urls = [url.rstrip("/") for url in ([urls] if isinstance(urls, str) else urls)]
         check_urls(self.urls)
         load_options = {"revision": revision, "trust_remote_code": trust_remote_code}
-        self.wanted = Wanted(served_model, model, processing_class, load_options, max_completion_length)
+        self.wanted = Wanted(served_model, model, processing_class, load_options, max_completion_length, top_k)
         self.request_tokens, self.max_unknown = request_tokens, max_unknown
         self.servers = VLLMServers(self.urls, timeout, IN_FLIGHT)
         self.asked: Asked | None = None
@@ -154,6 +160,27 @@ class ServerTeacher(Teacher):
                 unknown.
         """
         completion_ids, mask = rollout["completion_ids"], rollout["completion_mask"].bool()
+        logps = torch.full(mask.shape, math.nan)
+        for row, answer in enumerate(self._answers(rollout)):
+            logps[row, mask[row].cpu().nonzero().squeeze(1)[: len(answer.logps)]] = torch.tensor(answer.logps)
+        return logps.to(completion_ids.device)
+
+    def hidden_states(self, rollout: dict[str, Any], read: ReadHiddenStates) -> HiddenStates:
+        """The likeliest tokens, see [`Teacher`]; NaN where they are unknown. Raises as `per_token_logps` does."""
+        rows = []
+        for length, answer in zip(
+            rollout["completion_mask"].bool().sum(-1).tolist(), self._answers(rollout), strict=True
+        ):
+            rows.append(torch.full((length, self.model.num_known, 2), math.nan))
+            rows[-1][: len(answer.logps)] = answer.states
+        return HiddenStates(rows, LikeliestTokens(self.model.vocab_size))
+
+    def without_distributions(self) -> Teacher | None:
+        return self if self.wanted.top_k is None else None
+
+    def _answers(self, rollout: dict[str, Any]) -> list[Answer]:
+        """The answer for each row; all ranks call it together, and raise together."""
+        completion_ids, mask = rollout["completion_ids"], rollout["completion_mask"].bool()
         if self.asked is None or not torch.equal(self.asked.completion_ids, completion_ids):
             self.start(rollout)
         asked, self.asked = self.asked, None
@@ -165,15 +192,12 @@ class ServerTeacher(Teacher):
             problem = str(error)
         finally:
             asked.give_up()
+        nothing = Answer([], torch.zeros(0, self.model.num_known, 2))
+        found = [answers.get(question, nothing) for question in asked.questions]
 
-        logps = torch.full(mask.shape, math.nan)
-        for row, question in enumerate(asked.questions):
-            values = torch.tensor(answers.get(question, []))
-            logps[row, mask[row].cpu().nonzero().squeeze(1)[: len(values)]] = values
-        logps = logps.to(completion_ids.device)
-
-        unknown = (logps.isnan() & mask).sum().item()
-        reports = gather_object([(problem, unknown, mask.sum().item())])
+        total = mask.sum().item()
+        known = sum(not math.isnan(logp) for answer in found for logp in answer.logps)
+        reports = gather_object([(problem, total - known, total)])
         problems = [problem for problem, *_ in reports if problem is not None]
         if problems:
             raise RunCannotGoOn(f"The teacher has no answer. {problems[0]}")
@@ -183,10 +207,11 @@ class ServerTeacher(Teacher):
                 f"The vLLM server at {self.servers} has no finite log-prob for {unknown} of {total} tokens of a batch, more "
                 f"than a fraction of {self.max_unknown:g}. Check the teacher's weights and dtype."
             )
-        return logps
+        return found
 
     def identity(self) -> str:
-        return f"{self.model.name} behind a server"
+        known = "" if self.wanted.top_k is None else f", its likeliest {self.wanted.top_k} tokens"
+        return f"{self.model.name} behind a server{known}"
 
     def _question(self, rollout: dict[str, Any], row: int) -> Question:
         prompt, completion = (
