@@ -234,6 +234,8 @@ class GNDPOConfig(ExtendedGRPOConfig):
         *ExtendedGRPOConfig._greater_is_better,
     )
 
+    _also_of: ClassVar[dict[str, tuple[type, ...]]] = {**ExtendedGRPOConfig._also_of, "teacher_server_url": (str,)}
+
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs", "teacher_chat_template_kwargs"]
 
     # Parameters that control the teacher
@@ -488,8 +490,8 @@ class GNDPOConfig(ExtendedGRPOConfig):
         if self.score_power != 0:
             # PowerOPD's own: scores that lie between -1 and 1 need no clamp, and are not whitened.
             self.score_clip = None if self.score_clip == 5.0 else self.score_clip
-            self.advantage_normalization = self.advantage_normalization or "none"
-        self.advantage_normalization = self.advantage_normalization or "global"
+        if self.advantage_normalization is None:
+            self.advantage_normalization = "none" if self.score_power != 0 else "global"
         # TRL refuses a single generation per prompt because it has no group to compare it with; distillation needs
         # no group. Everything else that TRL checks about `num_generations` still applies.
         is_single = type(self.num_generations) is int and self.num_generations == 1
