@@ -1,5 +1,6 @@
 """Fields of a configuration that do not go together: what transformers and TRL would refuse, one at a time and in their words."""
 
+import json
 import math
 import re
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from accelerate.utils import get_int_from_env
 from transformers import Trainer, get_scheduler
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 from trl import GRPOConfig
 
 from .evaluation_logs import WAITING_SCHEDULES
@@ -17,7 +20,7 @@ from .evaluation_logs import WAITING_SCHEDULES
 
 def conflicts(args: GRPOConfig) -> Iterator[str]:
     """What does not go together, each with the values and the remedy; before anything is worked out from anything."""
-    for find in (batch_conflicts, strategy_conflicts, precision_conflicts, other_conflicts):
+    for find in (batch_conflicts, strategy_conflicts, precision_conflicts, optimizer_conflicts, other_conflicts):
         yield from find(args)
 
 
@@ -86,15 +89,15 @@ def strategy_conflicts(args: GRPOConfig) -> Iterator[str]:
             )
         if args.lr_scheduler_type in WAITING_SCHEDULES:
             yield (
-                f'`lr_scheduler_type` is {str(args.lr_scheduler_type)!r}, which waits for a metric, but `eval_strategy` is "no". '
+                f'`lr_scheduler_type` is {plain(args.lr_scheduler_type)!r}, which waits for a metric, but `eval_strategy` is "no". '
                 'Set that to "steps" or "epoch", or take another schedule.'
             )
     elif args.load_best_model_at_end and args.save_strategy != "best":
         save, evaluate = args.save_steps, steps.get("eval")
         if args.save_strategy != args.eval_strategy:
             yield (
-                f'`load_best_model_at_end` is True, but `save_strategy` is "{args.save_strategy}" and `eval_strategy` '
-                f'"{args.eval_strategy}": the best model may be one that is not saved. Make them the same.'
+                f'`load_best_model_at_end` is True, but `save_strategy` is "{plain(args.save_strategy)}" and `eval_strategy` '
+                f'"{plain(args.eval_strategy)}": the best model may be one that is not saved. Make them the same.'
             )
         elif (
             evaluate
@@ -157,30 +160,35 @@ def other_conflicts(args: GRPOConfig) -> Iterator[str]:
             )
 
 
-def optimizer_problems(args: GRPOConfig) -> Iterator[str]:
+def optimizer_conflicts(args: GRPOConfig) -> Iterator[str]:
     """What the optimizer and the learning rate's schedule would refuse when training begins."""
-    weight = torch.nn.Parameter(torch.zeros(1))
-    name = getattr(args.optim, "value", args.optim)
-    try:
-        Trainer.get_optimizer_cls_and_kwargs(args)
-    except (ImportError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        if "model" not in str(error):  # some optimizers are made of the whole model
-            given = "" if args.optim_args is None else f" with `optim_args` {args.optim_args!r}"
-            yield f"`optim` is {name!r}{given}, which cannot be made: {error}. Install what it needs, or choose another one."
-    schedule = getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)
-    try:
-        get_scheduler(
-            schedule,
-            torch.optim.SGD([weight], lr=args.learning_rate),
-            num_warmup_steps=1,
-            num_training_steps=10,
-            scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),
-        )
-    except Exception as error:  # whatever a schedule makes of options that it does not know
-        yield (
-            f"`lr_scheduler_kwargs` is {args.lr_scheduler_kwargs!r}, which `lr_scheduler_type` {schedule!r} does not take: "
-            f"{error}. Correct it, or choose another schedule."
-        )
+    if args.optim in [item.value for item in OptimizerNames]:
+        try:
+            Trainer.get_optimizer_cls_and_kwargs(args)
+        except Exception as error:  # of what is not installed, or takes no such arguments
+            if "model" not in str(error):  # some optimizers are made of the whole model
+                given = "" if args.optim_args is None else f", with `optim_args` {args.optim_args!r}"
+                yield (
+                    f"`optim` is {plain(args.optim)!r}{given}, which cannot be made ({error}). Install what it needs, correct its "
+                    "arguments, or choose another one."
+                )
+    options = args.lr_scheduler_kwargs or {}
+    options = json.loads(options) if isinstance(options, str) else options
+    schedule = plain(args.lr_scheduler_type)
+    if options and schedule in [item.value for item in SchedulerType]:
+        try:
+            optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+            get_scheduler(schedule, optimizer, 1, 10, scheduler_specific_kwargs=dict(options))
+        except Exception as error:  # whatever a schedule makes of options that it does not know
+            yield (
+                f"`lr_scheduler_kwargs` is {args.lr_scheduler_kwargs!r}, which `lr_scheduler_type` {schedule!r} does not take "
+                f"({error}). Correct it, or choose another schedule."
+            )
+
+
+def plain(value: Any) -> Any:
+    """The text of a member of an enumeration."""
+    return getattr(value, "value", value)
 
 
 @contextmanager
