@@ -2,7 +2,7 @@
 How far a student drifts whose teacher is the student itself but for rounding, and what holds it: the table of
 `docs/reliability.md`.
 
-    python -m benchmarks.own_teacher              # 200 steps of each arm
+    python -m benchmarks.own_teacher              # 100 steps of each arm, two seeds
 
 A tiny text model on a CPU. The teacher has the student's weights rounded to bfloat16, so that all scores are rounding errors:
 whatever the student learns is noise. AdamW at a constant rate; drift is measured on fixed completions, as the KL divergence
@@ -90,7 +90,7 @@ def run(options: dict, steps: int, learning_rate: float, seed: int, folder: str)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--learning_rate", type=float, default=1e-4)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS))
