@@ -148,7 +148,8 @@ class GNDPOConfig(ExtendedGRPOConfig):
             scale.
         std_floor (`float`, *optional*, defaults to `0.0`):
             Lower bound, in nats, of the standard deviation that the scores are divided by. A positive value keeps
-            rounding noise from being blown up to unit variance once the student has become its teacher.
+            rounding noise from being blown up to unit variance once the student has become its teacher. It holds SGD
+            alone: Adam makes up for the smaller gradient.
         extrapolation (`float`, *optional*, defaults to `1.0`):
             Weight λ of the teacher's lead over the student before training, in the scores of G-OPD:
             `λ (log π_teacher - log π_ref) - (log π_student - log π_ref)`. 1 is the plain score, which needs no reference;
@@ -375,7 +376,8 @@ class GNDPOConfig(ExtendedGRPOConfig):
         default=0.0,
         metadata={
             "help": "Lower bound, in nats, of the standard deviation that the scores are divided by. A positive value "
-            "keeps rounding noise from being blown up to unit variance once the student has become its teacher."
+            "keeps rounding noise from being blown up to unit variance once the student has become its teacher. It holds "
+            "SGD alone: Adam makes up for the smaller gradient."
         },
     )
     extrapolation: float = field(

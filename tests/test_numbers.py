@@ -57,7 +57,7 @@ def test_a_teacher_that_all_but_excludes_a_token(make_trainer, scoring):
 
 
 @pytest.mark.parametrize("logp", [-math.inf, math.inf])
-@pytest.mark.parametrize("scoring", SCORINGS)
+@pytest.mark.parametrize("scoring", ["as it is", "no clamp", "power"])
 def test_a_teacher_with_an_infinite_log_prob_ends_the_run(make_trainer, scoring, logp):
     trainer = make_trainer(teacher_model=Table(token_15=logp, token_20=logp), max_steps=3, **SCORINGS[scoring])
     before = [weight.detach().clone() for weight in trainer.model.parameters()]
