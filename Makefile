@@ -5,7 +5,7 @@ SEED ?= 0
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $(WORKERS)
 
-.PHONY: demo docs test test-vllm quick check lint clean
+.PHONY: demo docs test test-vllm quick fuzz check lint clean
 
 demo: $(VENV)/.installed
 	PYTHONWARNINGS=ignore::FutureWarning $(VENV)/bin/python examples/digits_demo.py --seed $(SEED)
@@ -24,6 +24,10 @@ test: check
 
 quick: $(VENV)/.installed
 	$(PYTEST) -m "not processes and not slow"
+
+# Thousands of configurations and rows, other ones each time.
+fuzz: $(VENV)/.installed
+	FUZZ=nightly $(PYTEST) tests/fuzz tests/test_numbers.py
 
 check: $(VENV)/.installed
 	$(VENV)/bin/ruff check

@@ -152,7 +152,8 @@ class GNDPOConfig(ExtendedGRPOConfig):
             scale.
         std_floor (`float`, *optional*, defaults to `0.0`):
             Lower bound, in nats, of the standard deviation that the scores are divided by. A positive value keeps
-            rounding noise from being blown up to unit variance once the student has become its teacher.
+            rounding noise from being blown up to unit variance once the student has become its teacher. It holds SGD
+            alone: Adam makes up for the smaller gradient.
         extrapolation (`float`, *optional*, defaults to `1.0`):
             Weight λ of the teacher's lead over the student before training, in the scores of G-OPD:
             `λ (log π_teacher - log π_ref) - (log π_student - log π_ref)`. 1 is the plain score, which needs no reference;
@@ -237,6 +238,8 @@ class GNDPOConfig(ExtendedGRPOConfig):
         *("score/mean", "teacher/{name}/score/mean", "teacher/mean_logp"),
         *ExtendedGRPOConfig._greater_is_better,
     )
+
+    _also_of: ClassVar[dict[str, tuple[type, ...]]] = {**ExtendedGRPOConfig._also_of, "teacher_server_url": (str,)}
 
     _VALID_DICT_FIELDS = GRPOConfig._VALID_DICT_FIELDS + ["teacher_model_init_kwargs", "teacher_chat_template_kwargs"]
 
@@ -385,7 +388,8 @@ class GNDPOConfig(ExtendedGRPOConfig):
         default=0.0,
         metadata={
             "help": "Lower bound, in nats, of the standard deviation that the scores are divided by. A positive value "
-            "keeps rounding noise from being blown up to unit variance once the student has become its teacher."
+            "keeps rounding noise from being blown up to unit variance once the student has become its teacher. It holds "
+            "SGD alone: Adam makes up for the smaller gradient."
         },
     )
     extrapolation: float = field(
@@ -500,8 +504,8 @@ class GNDPOConfig(ExtendedGRPOConfig):
         if self.score_power != 0:
             # PowerOPD's own: scores that lie between -1 and 1 need no clamp, and are not whitened.
             self.score_clip = None if self.score_clip == 5.0 else self.score_clip
-            self.advantage_normalization = self.advantage_normalization or "none"
-        self.advantage_normalization = self.advantage_normalization or "global"
+        if self.advantage_normalization is None:
+            self.advantage_normalization = "none" if self.score_power != 0 else "global"
         # TRL refuses a single generation per prompt because it has no group to compare it with; distillation needs
         # no group. Everything else that TRL checks about `num_generations` still applies.
         is_single = type(self.num_generations) is int and self.num_generations == 1

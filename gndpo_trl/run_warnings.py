@@ -179,13 +179,16 @@ def why_no_gradient(history: History, args: GNDPOConfig) -> str:
 def check_noise(history: History, args: GNDPOConfig) -> str | None:
     """The student has become its teacher, and whitening turns what is left into advantages of the usual size."""
     std = latest(history, "score/std")
-    if args.advantage_normalization == "none" or std is None or max(std, args.std_floor) >= NOISE_STD:
+    # Adam makes up for any factor of the gradient.
+    floor = 0.0 if "adam" in str(args.optim).lower() else args.std_floor
+    if args.advantage_normalization == "none" or std is None or max(std, floor) >= NOISE_STD:
         return None
     return (
         f"The scores have a standard deviation of {std:.2g} nats, hardly more than rounding errors, so that student and "
         f'teacher are as good as the same, and `advantage_normalization="{args.advantage_normalization}"` divides by it: '
-        f"the student is trained on noise. Set `std_floor` to 0.1 or more (it is {args.std_floor}), or end the run. If it "
-        "has just begun, look whether `teacher_model` is what you meant, and whether a teacher that is the student itself "
+        'the student is trained on noise. End the run; if it has to go on, `estimator="exact"` drifts least. A larger '
+        f"`std_floor` (it is {args.std_floor}) helps with SGD alone: Adam makes up for a smaller gradient. If the run has "
+        "just begun, look whether `teacher_model` is what you meant, and whether a teacher that is the student itself "
         "reads another prompt (`teacher_prompt`)."
     )
 

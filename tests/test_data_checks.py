@@ -1,6 +1,7 @@
 """Data that would fail late, train nothing, or lose something: refused at construction, with the remedy."""
 
 import functools
+import re
 from pathlib import Path
 
 import numpy as np
@@ -352,3 +353,49 @@ def test_rewards_that_could_not_be_called(make_config, text_dataset):
         check(solved, make_config(), takes_no_others)
     with pytest.raises(ValueError, match="has no `__name__`, under which its rewards are logged"):
         check(solved, make_config(), functools.partial(needs_solution))
+
+
+def test_pictures_that_are_no_list_are_named(make_config):
+    for column in ("images", "teacher_images"):
+        with pytest.raises(ValueError, match=rf"A row .*: `{column}` is '5' \(int\), not a list of pictures. Correct"):
+            open_rows([{"prompt": user("one"), column: 5}], fetch=False)
+    nested = Dataset.from_list([{"prompt": user("one"), "images": [[[[0, 0]]]]}] * 2)
+    with pytest.raises(ValueError, match=r"Row 0 of `train_dataset`, column `images`, .*\(list\) is no picture"):
+        check(nested, make_config())
+
+
+def test_a_text_prompt_with_pictures(make_config):
+    dataset = Dataset.from_list([{"prompt": "what is one ?", "images": [tiny_models.draw_image(0)]}] * 2)
+    with pytest.raises(
+        ValueError, match="Row 0 of `train_dataset`: the prompt is text, but has pictures.*Write it as"
+    ):
+        check(dataset, make_config())
+    row = {"prompt": user("one"), "teacher_prompt": "one", "images": [tiny_models.draw_image(0)]}
+    with pytest.raises(ValueError, match="A row .*: `teacher_prompt` is text, but has pictures. Write it as messages"):
+        open_rows([row], fetch=False)
+
+
+def test_half_a_character_is_named_with_its_row():
+    for prompt in ("one \ud800", user("one \ud800"), user([{"type": "text", "text": "\udfff"}])):
+        with pytest.raises(
+            ValueError, match=r"A row .*: the prompt has '\\ud...', half of a character.*Correct or rem"
+        ):
+            open_rows([{"prompt": prompt}], fetch=False)
+
+
+@pytest.mark.parametrize("nothing", [None, []])
+def test_a_stream_whose_column_of_pictures_is_empty_trains_on_text(make_trainer, nothing):
+    dataset = IterableDataset.from_generator(lambda: ({"prompt": user("one"), "images": nothing} for _ in range(16)))
+    trainer = make_trainer("internvl", trainer_options={"train_dataset": dataset})
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+@pytest.mark.parametrize("family, token", [("internvl", "<IMG_CONTEXT>"), ("qwen25vl", "<|image_pad|>")])
+def test_a_placeholder_in_the_words_of_a_prompt(make_trainer, image_dataset, family, token):
+    rows = image_dataset.select(range(8)).to_list()
+    rows[5]["prompt"] = user(f"what is {token} ?")
+    message = rf"Row 5 of `train_dataset`: the prompt has '{re.escape(token)}' in its words.*Remove it"
+    with pytest.raises(ValueError, match=message):
+        dataset = Dataset.from_list(rows, features=image_dataset.features)
+        make_trainer(family, trainer_options={"train_dataset": dataset})

@@ -230,7 +230,7 @@ def test_temperature_zero_sets_one_completion_per_prompt(make_config):
     options = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size": 3}
     assert make_config("gndpo", eval_temperature=0.0, **options).num_generations_eval == 1
     assert make_config("gndpo", eval_temperature=0.0, num_generations_eval=1, **options).num_generations_eval == 1
-    with pytest.raises(ValueError, match="divisible by the number of generations used for evaluation"):
+    with pytest.raises(ValueError, match="has to be divisible by .num_generations."):
         make_config("gndpo", eval_temperature=0.5, **options)
 
 

@@ -73,7 +73,7 @@ def test_the_loss_mixes_where_the_sampler_gives_the_statistics(make_trainer):
     [
         ({"reward_coef": -1}, "`reward_coef` is -1.*from 0 on"),
         ({"distillation_coef": float("nan")}, "`distillation_coef` is nan"),
-        ({"distillation_coef": 0}, "are both 0, so that nothing would be learned"),
+        ({"distillation_coef": 0}, "`distillation_coef` is 0 and `reward_coef` 0.0, so that nothing would be learned"),
         ({"reward_coef": 1, "num_generations": 1}, "`reward_coef` is 1, but `num_generations` is 1"),
         ({"reward_coef": 1}, "`reward_coef` is 1, but there is no reward. Pass `reward_funcs`"),
     ],

@@ -4,7 +4,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from .config_checks import count_problems, make_numbers_plain, raise_problems, type_problems
+from transformers.trainer_pt_utils import AcceleratorConfig
+
+from .config_checks import (
+    as_if_typed,
+    choice_problems,
+    make_plain,
+    number_problems,
+    raise_problems,
+    type_problems,
+)
+from .config_conflicts import conflicts, foreign_words
 from .credentials import credential_problems
 from .evaluation_logs import GREATER_IS_BETTER, LESS_IS_BETTER, best_model_problems, is_greater_better
 from .launch import check_ddp_backend, check_launch
@@ -45,6 +55,13 @@ class ExtendedGRPOConfig(VLLMConfig):
             30 seconds and 32 MiB at most. By default they are refused.
     """
 
+    # Types that values may have beside those of their fields.
+    _also_of: ClassVar[dict[str, tuple[type, ...]]] = {
+        "accelerator_config": (AcceleratorConfig,),
+        "debug": (type(None),),
+        "fsdp": (bool, list),
+        "resume_from_checkpoint": (bool,),
+    }
     _less_is_better: ClassVar[tuple[str, ...]] = LESS_IS_BETTER
     _greater_is_better: ClassVar[tuple[str, ...]] = GREATER_IS_BETTER
 
@@ -98,19 +115,28 @@ class ExtendedGRPOConfig(VLLMConfig):
     )
 
     def __post_init__(self):
-        make_numbers_plain(self)
-        raise_problems(type_problems(self))  # nothing can be compared before
+        make_plain(self)
+        mistyped = type_problems(self)
+        if mistyped:
+            # Nothing can be compared with them; what else is wrong is found with their defaults in their places.
+            others = as_if_typed(self, mistyped)._problems()
+            raise_problems(
+                [*mistyped.values(), *(text for text in others if not any(f"`{name}`" in text for name in mistyped))]
+            )
         if self.eval_temperature == 0 and self.num_generations_eval is None:
             self.num_generations_eval = 1
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = is_greater_better(self)
         check_ddp_backend(self)
-        super().__post_init__()
+        with foreign_words(self):
+            super().__post_init__()
         raise_problems(self._late_problems())
         check_launch(self)
 
     def _problems(self) -> Iterator[str]:
-        yield from count_problems(self)
+        yield from number_problems(self)
+        yield from choice_problems(self)
+        yield from conflicts(self)
         yield from best_model_problems(self)
         yield from super()._problems()
         if self.eval_temperature is not None and not 0 <= self.eval_temperature < float("inf"):

@@ -185,7 +185,10 @@ def look_at_rows(field: str, dataset: Dataset, seen: RowsSeen, fetch: bool, has_
     for column in (*IMAGE_COLUMNS, "teacher_images"):
         feature = dataset.features.get(column)
         feature = getattr(feature, "feature", feature)  # of the items of a list
-        for index, picture in stored_pictures(dataset, column) if isinstance(feature, KINDS_OF_PICTURES) else ():
+        if feature is not None and not isinstance(feature, KINDS_OF_PICTURES):
+            look_at_one(field, dataset, column, seen, fetch)
+            continue
+        for index, picture in stored_pictures(dataset, column) if feature is not None else ():
             where = f"Row {index} of `{field}`, column `{column}`,"
             if isinstance(feature, ImageFeature) and isinstance(picture, str) and "://" in picture:
                 if is_url(picture):
@@ -196,6 +199,16 @@ def look_at_rows(field: str, dataset: Dataset, seen: RowsSeen, fetch: bool, has_
                     )
                 continue  # in an archive or a store, which datasets reads too
             seen.add_picture(where, picture, fetch)
+
+
+def look_at_one(field: str, dataset: Dataset, column: str, seen: RowsSeen, fetch: bool) -> None:
+    """Look at the first picture of a column that has them in a form of its own, as of arrays: all rows have that one."""
+    for index in range(len(dataset)):
+        value = dataset[index][column]
+        pictures = value if isinstance(dataset.features[column], List | LargeList) else [value]
+        for picture in pictures if value is not None else ():
+            seen.add_picture(f"Row {index} of `{field}`, column `{column}`,", picture, fetch)
+            return
 
 
 def pictures_per_row(dataset: Dataset, column: str) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Mistakes in single rows, of prompts and of pictures: found before the first step where the rows can be looked at."""
 
 import heapq
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig, ProcessorMixin
 
 from .pictures import (
+    IMAGE_COLUMNS,
     is_url,
     look_at,
     parts_of,
@@ -20,6 +22,8 @@ from .pictures import (
 
 
 LONG_PROMPTS = 32  # that are kept to be tokenized
+
+MARKERS = re.compile(r"<[^<>\s]{1,60}>|\[[A-Z_]{2,40}\]")  # as special tokens are written
 
 VIDEO_COLUMNS = ("videos", "video")
 
@@ -45,6 +49,7 @@ def check_prompt(prompt: Any, name: str = "the prompt") -> None:
     if isinstance(prompt, str):
         if not prompt.strip():
             raise ValueError(f"{name} is blank")
+        _check_text(prompt, name)
         return
     if not isinstance(prompt, list):
         raise ValueError(f"{name} is {_short(prompt)}, neither messages nor text")
@@ -52,10 +57,28 @@ def check_prompt(prompt: Any, name: str = "the prompt") -> None:
         raise ValueError(f"{name} has no messages")
     for message in prompt:
         _check_message(message, name)
-    texts = [message["content"] for message in prompt if isinstance(message.get("content"), str)]
-    texts += [part["text"] if part["type"] == "text" else part["type"] for part in parts_of(prompt)]
-    if not any(text.strip() for text in texts):
+    texts = texts_of(prompt)
+    if not any(
+        text.strip() for text in [*texts, *(part["type"] for part in parts_of(prompt) if part["type"] != "text")]
+    ):
         raise ValueError(f"the messages of {name} are blank")
+    for text in texts:
+        _check_text(text, name)
+
+
+def texts_of(prompt: str | list[dict[str, Any]]) -> list[str]:
+    """What is written in a prompt: itself, or the texts of its messages."""
+    if isinstance(prompt, str):
+        return [prompt]
+    contents = [message["content"] for message in prompt if isinstance(message.get("content"), str)]
+    return contents + [part["text"] for part in parts_of(prompt) if part["type"] == "text"]
+
+
+def _check_text(text: str, name: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} has {text[error.start]!r}, half of a character, which no tokenizer reads") from error
 
 
 def _check_message(message: Any, name: str) -> None:
@@ -90,6 +113,7 @@ class RowsSeen:
     roles: dict[str, str] = field(default_factory=dict)
     part_types: dict[str, str] = field(default_factory=dict)
     sizes: dict[tuple[int, int], str] = field(default_factory=dict)  # (width, height) of pictures in pixels
+    markers: dict[str, str] = field(default_factory=dict)  # what is written like a special token
     longest: list[tuple[int, str, Any]] = field(default_factory=list)  # prompts of text: bytes, row, prompt
     with_pictures: str | None = None  # the first row that was seen with some
 
@@ -117,6 +141,14 @@ class RowsSeen:
                     raise ValueError(
                         f"{where}: {error} Write one `{{'type': 'image'}}` for each picture of the row, in their order."
                     ) from error
+        elif others:
+            raise ValueError(
+                f"{where}: the prompt is text, but has pictures, which TRL places in messages. Write it as `[{{'role': 'user', "
+                "'content': ...}]`, without a chat template around it."
+            )
+        for text in texts_of(prompt):
+            for token in MARKERS.findall(text):
+                self.markers.setdefault(token, where)
         if is_students and not others and not pictures:
             heapq.heappush(self.longest, (len(str(prompt).encode(errors="replace")), where, prompt))
             if len(self.longest) > LONG_PROMPTS:
@@ -146,6 +178,12 @@ class RowsSeen:
                         f"{where}: the {kind} {name!r} in the prompt is none that would be rendered. Use one of "
                         f"{', '.join(known)}, or remove the row."
                     )
+        placeholder = getattr(processing_class, "image_token", None) if is_vlm else None
+        if placeholder in self.markers:
+            raise ValueError(
+                f"{self.markers[placeholder]}: the prompt has {placeholder!r} in its words, where the student's processor puts "
+                "a picture. Remove it; a picture is a part `{'type': 'image'}` of a message."
+            )
         if self.with_pictures is not None and not is_vlm:
             raise ValueError(
                 f"{self.with_pictures} has pictures, but the student's {type(processing_class).__name__} is "
@@ -195,7 +233,12 @@ def open_rows(
     for row in rows:
         where = f"A row (prompt: {str(row.get('prompt'))[:200]!r})"
         check_no_videos(where, row)
+        # TRL takes a column without pictures for pictures.
+        row = {name: value for name, value in row.items() if name not in IMAGE_COLUMNS or not is_empty(value)}
         try:
+            for column in ("images", "teacher_images"):
+                if not isinstance(row.get(column), list | tuple | None):
+                    raise ValueError(f"`{column}` is {_short(row[column])}, not a list of pictures")
             if has_prompts:
                 check_prompt(row.get("prompt"))
             if row.get("teacher_prompt") is not None:
@@ -204,6 +247,10 @@ def open_rows(
         except ValueError as error:
             raise ValueError(f"{where}: {error}. Correct or remove the row.") from error
         others = pictures_in_column(row)
+        if isinstance(row.get("teacher_prompt"), str) and (others or row.get("teacher_images")):
+            raise ValueError(
+                f"{where}: `teacher_prompt` is text, but has pictures. Write it as messages, which place them."
+            )
         for picture in [*(others or ()), *(row.get("teacher_images") or ())]:
             seen.with_pictures = seen.with_pictures or where
             seen.add_picture(where, picture, fetch)
@@ -211,6 +258,10 @@ def open_rows(
             seen.add_prompt(where, row["prompt"], fetch, len(others or ()))
         result.append(row)
     return result, seen
+
+
+def is_empty(value: Any) -> bool:
+    return value is None or isinstance(value, list | tuple) and not value
 
 
 def check_length(where: str, num_tokens: int, positions: int | None) -> None:
