@@ -166,7 +166,7 @@ def test_a_run_that_sigterm_ends_is_not_finished(make_trainer, tmp_path, caplog,
     options = {"output_dir": str(tmp_path / "run"), "enable_jit_checkpoint": True, "max_steps": 4}
     terminate = Terminate(step)
     trainer = make_trainer(trainer_options={"callbacks": [terminate]}, **options)
-    trainer._on_sigterm.jit_manager.kill_wait = 0
+    trainer._on_signal.jit_manager.kill_wait = 0
     before = signal.getsignal(signal.SIGTERM)
     if step == 4:
         assert trainer.train().global_step == 4
@@ -180,6 +180,54 @@ def test_a_run_that_sigterm_ends_is_not_finished(make_trainer, tmp_path, caplog,
         trainer.train(resume_from_checkpoint=True)
     assert last_whole_checkpoint(str(tmp_path / "run")).endswith("checkpoint-3")
     assert signal.getsignal(signal.SIGTERM) != before
+
+
+class PressCtrlC(TrainerCallback):
+    """Ctrl-C in a step, as often as it says."""
+
+    def __init__(self, step: int, times: int = 1):
+        self.step, self.times = step, times
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_saves_the_step_that_it_ends(make_trainer, tmp_path, caplog):
+    options = {"output_dir": str(tmp_path / "run"), "enable_jit_checkpoint": True, "max_steps": 4}
+    press = PressCtrlC(2)
+    trainer = make_trainer(trainer_options={"callbacks": [press]}, **options)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt, match="Ctrl-C ended the run after step 2 of 4.*`resume_from_checkpoint=True`"):
+        trainer.train()
+    assert "the run ends after this step, with a checkpoint" in caplog.text
+    assert last_whole_checkpoint(str(tmp_path / "run")).endswith("checkpoint-2")
+    assert "has made 2 of 4 steps" in (tmp_path / "run" / "README.md").read_text()
+    press.step, press.times = 3, 2
+    with pytest.raises(KeyboardInterrupt, match="in step 3 of 4.*last whole checkpoint is .*checkpoint-2'"):
+        trainer.train(resume_from_checkpoint=True)
+    assert signal.getsignal(signal.SIGINT) == before
+    press.times = 0
+    assert trainer.train(resume_from_checkpoint=True).global_step == 4  # whose end is not saved
+    assert "has made" not in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_ctrl_c_that_is_ignored_stays_so(make_trainer, tmp_path):
+    """As in jobs that a script starts in the background."""
+    options = {"output_dir": str(tmp_path / "run"), "enable_jit_checkpoint": True}
+    trainer = make_trainer(trainer_options={"callbacks": [PressCtrlC(1)]}, **options)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert trainer.train().global_step == 2
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_without_checkpoints_says_what_is_lost(make_trainer):
+    trainer = make_trainer(max_steps=4, trainer_options={"callbacks": [PressCtrlC(2)]})
+    with pytest.raises(KeyboardInterrupt, match="in step 2 of 4: it is not finished. There is no checkpoint of it. With `ena"):
+        trainer.train()
 
 
 def test_what_a_rollout_keeps_in_cpu_memory_stays_there():

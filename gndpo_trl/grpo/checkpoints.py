@@ -44,8 +44,9 @@ class CheckpointMixin:
       `resume_from_checkpoint=True` takes the last one that is whole.
     - A folder has the checkpoints of one run: a run that would save into one with another's, or while another run does, is
       refused.
-    - `enable_jit_checkpoint` saves on SIGTERM at the end of the same step on all ranks, and then ends the process: what would
-      come after `train` is for a run that is over.
+    - `enable_jit_checkpoint` saves on SIGTERM or Ctrl-C at the end of the same step on all ranks, and then ends the process:
+      what would come after `train` is for a run that is over. Whatever ends a run, its last words say what it has left; the
+      card of a model that is saved before the end says so.
     - A disk that is full while a checkpoint or a result is written is called that, in a [`DiskFull`].
     - A run that ends by a [`RunCannotGoOn`] saves its last step first, whatever `save_strategy` says.
     - A run that goes on in a later epoch reads the prompts of that epoch, each once; TRL's sampler would begin with those of
@@ -76,16 +77,16 @@ class CheckpointMixin:
         "vllm_importance_sampling_mode",
     )
 
-    _on_sigterm: AgreedJITCheckpointCallback | None = None
+    _on_signal: AgreedJITCheckpointCallback | None = None
     _train_sampler = None  # of the run in progress; streams have none
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         keep_checkpoint_names(self.model)
         if self.args.enable_jit_checkpoint:
-            self._on_sigterm = AgreedJITCheckpointCallback()
-            self._on_sigterm.jit_manager = self.pop_callback(JITCheckpointCallback).jit_manager
-            self.add_callback(self._on_sigterm)
+            self._on_signal = AgreedJITCheckpointCallback()
+            self._on_signal.jit_manager = self.pop_callback(JITCheckpointCallback).jit_manager
+            self.add_callback(self._on_signal)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         output_dir = self.args.output_dir
@@ -93,7 +94,8 @@ class CheckpointMixin:
             checkpoint = self._checkpoint_to_go_on_from(resume_from_checkpoint)
             self._begin_run()
             try:
-                output = super().train(checkpoint, *args, **kwargs)
+                with nullcontext() if self._on_signal is None else self._on_signal.minding_ctrl_c():
+                    output = super().train(checkpoint, *args, **kwargs)
             except RunCannotGoOn as reason:
                 if self.state.global_step != self._saved_step:
                     self._save_checkpoint(self.model_wrapped, trial=None)
@@ -103,13 +105,30 @@ class CheckpointMixin:
                     f"{reason} The run ended after step {self.state.global_step}, which is saved in {output_dir!r}: "
                     "go on with `resume_from_checkpoint=True`."
                 ) from reason
-        if self._on_sigterm is not None and self._on_sigterm.has_saved and not self._is_done():
-            logger.warning(
-                f"SIGTERM ended the run after step {self.state.global_step} of {self.state.max_steps}, which is saved in "
-                f"{output_dir!r}. It is not finished: go on with `resume_from_checkpoint=True`."
+            except KeyboardInterrupt as interrupt:
+                raise KeyboardInterrupt(self._what_is_left()) from interrupt
+        ended_by = None if self._on_signal is None else self._on_signal.ended_by
+        if ended_by is not None and not self._is_done():
+            words = (
+                f"{'Ctrl-C' if ended_by == signal.SIGINT else ended_by.name} ended the run after step {self.state.global_step} "
+                f"of {self.state.max_steps}, which is saved in {output_dir!r}. It is not finished: go on with "
+                "`resume_from_checkpoint=True`."
             )
-            raise SystemExit(128 + signal.SIGTERM)
+            if ended_by == signal.SIGINT:  # which a notebook survives
+                raise KeyboardInterrupt(words)
+            logger.warning(words)
+            raise SystemExit(128 + ended_by)
+        if self._is_done() and self._saved_step not in (0, self.state.global_step):  # its card is not of the result
+            self.create_model_card(model_name=os.path.basename(self.args.hub_model_id or output_dir))
         return output
+
+    def _what_is_left(self) -> str:
+        """Last words of a run that Ctrl-C has ended wherever it was."""
+        end = f"Ctrl-C ended the run in step {self.state.global_step + 1} of {self.state.max_steps}: it is not finished."
+        whole = list(whole_checkpoints(self.args.output_dir).values())
+        if not whole:
+            return f"{end} There is no checkpoint of it. With `enable_jit_checkpoint=True`, Ctrl-C saves one."
+        return f"{end} Its last whole checkpoint is {whole[-1]!r}: go on with `resume_from_checkpoint=True`."
 
     def _saves_checkpoints(self) -> bool:
         return self.args.save_strategy != "no" or self.args.enable_jit_checkpoint
@@ -255,6 +274,15 @@ class CheckpointMixin:
     def save_model(self, output_dir=None, _internal_call=False):
         with self._saying_that_the_disk_is_full(output_dir or self.args.output_dir):
             super().save_model(output_dir, _internal_call)
+
+    def create_model_card(self, *args, **kwargs):
+        super().create_model_card(*args, **kwargs)
+        if self.accelerator.is_main_process and not self._is_done():
+            with open(os.path.join(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
+                card.write(
+                    f"\n## Not the end of its run\n\nThe model has made {self.state.global_step} of {self.state.max_steps} "
+                    "steps; the run had not ended when it was saved.\n"
+                )
 
     @contextmanager
     def _saying_that_the_disk_is_full(self, folder: str):
