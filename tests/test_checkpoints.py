@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from gndpo_trl.grpo.checkpoints import CheckpointMixin, last_whole_checkpoint
@@ -199,7 +200,9 @@ def test_ctrl_c_saves_the_step_that_it_ends(make_trainer, tmp_path, caplog):
     press = PressCtrlC(2)
     trainer = make_trainer(trainer_options={"callbacks": [press]}, **options)
     before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt, match="Ctrl-C ended the run after step 2 of 4.*`resume_from_checkpoint=True`"):
+    with pytest.raises(
+        KeyboardInterrupt, match="Ctrl-C ended the run after step 2 of 4.*`resume_from_checkpoint=True`"
+    ):
         trainer.train()
     assert "the run ends after this step, with a checkpoint" in caplog.text
     assert last_whole_checkpoint(str(tmp_path / "run")).endswith("checkpoint-2")
@@ -211,6 +214,14 @@ def test_ctrl_c_saves_the_step_that_it_ends(make_trainer, tmp_path, caplog):
     press.times = 0
     assert trainer.train(resume_from_checkpoint=True).global_step == 4  # whose end is not saved
     assert "has made" not in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_a_run_that_a_signal_ends_has_its_teacher_of_that_step(make_self_taught, tmp_path):
+    make_self_taught("whole", save_strategy="steps", save_steps=2).train()
+    with pytest.raises(KeyboardInterrupt):
+        make_self_taught("cut off", [PressCtrlC(2)], enable_jit_checkpoint=True).train()
+    one, two = (load_file(tmp_path / name / "checkpoint-2" / "teacher.safetensors") for name in ("whole", "cut off"))
+    assert one.keys() == two.keys() and all(torch.equal(values, two[name]) for name, values in one.items())
 
 
 def test_ctrl_c_that_is_ignored_stays_so(make_trainer, tmp_path):
@@ -226,7 +237,9 @@ def test_ctrl_c_that_is_ignored_stays_so(make_trainer, tmp_path):
 
 def test_ctrl_c_without_checkpoints_says_what_is_lost(make_trainer):
     trainer = make_trainer(max_steps=4, trainer_options={"callbacks": [PressCtrlC(2)]})
-    with pytest.raises(KeyboardInterrupt, match="in step 2 of 4: it is not finished. There is no checkpoint of it. With `ena"):
+    with pytest.raises(
+        KeyboardInterrupt, match="in step 2 of 4: it is not finished. There is no checkpoint of it. With `ena"
+    ):
         trainer.train()
 
 

@@ -124,7 +124,9 @@ class CheckpointMixin:
 
     def _what_is_left(self) -> str:
         """Last words of a run that Ctrl-C has ended wherever it was."""
-        end = f"Ctrl-C ended the run in step {self.state.global_step + 1} of {self.state.max_steps}: it is not finished."
+        end = (
+            f"Ctrl-C ended the run in step {self.state.global_step + 1} of {self.state.max_steps}: it is not finished."
+        )
         whole = list(whole_checkpoints(self.args.output_dir).values())
         if not whole:
             return f"{end} There is no checkpoint of it. With `enable_jit_checkpoint=True`, Ctrl-C saves one."

@@ -73,7 +73,10 @@ class AgreedJITCheckpointCallback(JITCheckpointCallback):
     def on_step_end(self, args, state, control, **kwargs):
         asked = torch.tensor([[self.jit_manager.is_checkpoint_requested, self._has_ctrl_c]], device=args.device)
         has_sigterm, has_ctrl_c = gather(asked).any(0).tolist()
-        self.jit_manager.is_checkpoint_requested = has_sigterm or has_ctrl_c
+        self.jit_manager.is_checkpoint_requested = False
         if has_sigterm or has_ctrl_c:
             self.ended_by = signal.SIGTERM if has_sigterm else signal.SIGINT
-        super().on_step_end(args, state, control, **kwargs)
+            # Saved by the loop, after the callbacks that come after this one: a teacher's weights may follow the student's.
+            # And before whatever kills a process that is slow to end: without an evaluation.
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False

@@ -92,6 +92,8 @@ OVERRIDDEN_METHODS = {
     "_get_train_sampler": ("self", "dataset"),
     # Called with keywords for each epoch that is left, and ends after a step in which `control` says so.
     "_run_epoch": None,
+    # Called on all ranks at the end of every step, and of an epoch, when all callbacks have been asked.
+    "_maybe_log_save_evaluate": None,
     # Called on all ranks, for each of several sets by itself; what it gives to `log` is what it returns.
     "evaluate": ("self", "eval_dataset", "ignore_keys", "metric_key_prefix"),
     # The two that upload `output_dir`, both with transformers' `hf_api().upload_folder`.

@@ -133,7 +133,9 @@ class Faults:
         folder.mkdir()
         return folder
 
-    def begin(self, variant: Variant, folder: Path, fault: dict | None = None, on_rank: int = -1, **options) -> Started:
+    def begin(
+        self, variant: Variant, folder: Path, fault: dict | None = None, on_rank: int = -1, **options
+    ) -> Started:
         port = free_port()
         attempt = len(list(folder.glob("*.log")))
         specs = []

@@ -18,6 +18,8 @@ A specification holds
 """
 
 import ctypes
+import functools
+import importlib.metadata
 import json
 import os
 import signal
@@ -200,9 +202,7 @@ def train(spec: dict) -> None:
     files = ctypes.CDLL(os.environ["LD_PRELOAD"])
     fault = spec.get("files", {"action": "count", "number": 0})
     os.makedirs(spec["out"], exist_ok=True)
-    files.watch_files(
-        os.fsencode(spec["out"] + "/"), ctypes.c_long(fault["number"]), ACTIONS.index(fault["action"])
-    )
+    files.watch_files(os.fsencode(spec["out"] + "/"), ctypes.c_long(fault["number"]), ACTIONS.index(fault["action"]))
     trainer.train(resume_from_checkpoint=spec.get("resume"))
     trainer.save_model(f"{spec['out']}/result")
     if rank == 0:
@@ -220,7 +220,9 @@ def be_child(command: dict) -> None:
     os.dup2(log, 2)
     if spec.get("world_size", 1) > 1:
         os.environ.update(RANK=str(spec["rank"]), LOCAL_RANK=str(spec["rank"]), WORLD_SIZE=str(spec["world_size"]))
-        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(spec["port"]), LOCAL_WORLD_SIZE=str(spec["world_size"]))
+        os.environ.update(
+            MASTER_ADDR="localhost", MASTER_PORT=str(spec["port"]), LOCAL_WORLD_SIZE=str(spec["world_size"])
+        )
     code = 1
     try:
         if "serve" in command:
@@ -254,6 +256,8 @@ def wait(pid: int, seconds: float) -> int | None:
 def main() -> None:
     torch.set_num_threads(1)
     disable_progress_bars()
+    # accelerate looks hundreds of times which packages there are, which takes half of a run that is so small.
+    importlib.metadata.metadata = functools.cache(importlib.metadata.metadata)
     for path in sys.argv[1:]:  # what is imported when it is first needed
         AutoModelForCausalLM.from_pretrained(path)
         AutoTokenizer.from_pretrained(path)
