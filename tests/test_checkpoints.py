@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from gndpo_trl.grpo.checkpoints import CheckpointMixin, last_whole_checkpoint
-from gndpo_trl.grpo.run_folder import DiskFull, lacks_room, lock
+from gndpo_trl.grpo.run_folder import FULL, DiskFull, lock, why_not_written
 
 
 # Four micro-batches for each generation, one for each step: a checkpoint after two steps is in the middle.
@@ -276,6 +276,21 @@ def test_a_checkpoint_is_whole_or_absent(make_trainer, saved, monkeypatch):
     assert resumed.state.global_step == 8
 
 
+def test_nothing_of_a_checkpoint_is_written_after_what_makes_it_whole(make_trainer, tmp_path):
+    """TRL writes the state of an adaptive entropy bonus last: a run that is killed before that would go on without."""
+    options = {"entropy_coef": 0.1, "use_adaptive_entropy": True, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(output_dir=str(tmp_path / "run"), **options)
+    trainer.train()
+    files = sorted((tmp_path / "run" / "checkpoint-2").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert files[-1].name == "trainer_state.json" and "entropy_ctrl_state.json" in [path.name for path in files]
+    resumed = make_trainer(output_dir=str(tmp_path / "run"), max_steps=3, **options)
+    assert resumed.entropy_coef == 0.1 != trainer.entropy_coef
+    resumed._generate_and_score_completions = None
+    with pytest.raises(TypeError):
+        resumed.train(resume_from_checkpoint=True)
+    assert resumed.entropy_coef == trainer.entropy_coef
+
+
 def test_a_checkpoint_that_is_written_again_forgets_the_old_one(make_trainer, saved):
     """Where the folder of an earlier run holds a later step, it must not pass for the new run's."""
     shutil.copytree(f"{saved}/checkpoint-2", f"{saved}/checkpoint-4")
@@ -368,6 +383,10 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
 LOST = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 57664 vs 57552")
 
 
+def refuse_to_write(dir: str):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), dir)
+
+
 def test_a_full_disk_is_called_that(make_trainer, saved, monkeypatch):
     def fail(*args, **kwargs):
         raise LOST
@@ -382,6 +401,10 @@ def test_a_full_disk_is_called_that(make_trainer, saved, monkeypatch):
             DiskFull, match=rf"{saved}/checkpoint-4' is full.* The last whole checkpoint is '{saved}/checkpoint-2'"
         ):
             trainer.train(resume_from_checkpoint=True)
+        patch.setattr(tempfile, "TemporaryFile", refuse_to_write)
+        with pytest.raises(OSError, match=rf"'{saved}' can no longer be written to .Read-only file.* when it can"):
+            trainer.train(resume_from_checkpoint=True)
+        patch.setattr(tempfile, "TemporaryFile", lambda dir: open("/dev/full", "wb"))
         patch.setattr(trainer.model, "save_pretrained", fail)
         with pytest.raises(DiskFull, match=rf"The disk or quota of '{saved}' is full"):
             trainer.save_model()
@@ -406,4 +429,4 @@ def chained(error: Exception) -> RuntimeError:
     ],
 )
 def test_an_error_that_is_a_full_disk(tmp_path, error, is_full):
-    assert lacks_room(error, str(tmp_path)) == is_full
+    assert why_not_written(error, str(tmp_path)) in (FULL if is_full else (None,))

@@ -1,6 +1,5 @@
 """Runs that begin clean, and checkpoints that are whole or absent and hold what a `GRPOTrainer` needs to go on exactly."""
 
-import errno
 import json
 import os
 import re
@@ -17,9 +16,9 @@ from torch.serialization import default_restore_location
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .run_folder import DiskFull, held_by_one_run, lacks_room
+from .run_folder import FULL, DiskFull, held_by_one_run, why_not_written
 from .sigterm import AgreedJITCheckpointCallback, JITCheckpointCallback
-from .trl_hooks import TRAINER_STATE_NAME
+from .trl_hooks import ENTROPY_STATE_NAME, TRAINER_STATE_NAME
 
 
 logger = get_logger(__name__)
@@ -78,6 +77,7 @@ class CheckpointMixin:
     )
 
     _on_signal: AgreedJITCheckpointCallback | None = None
+    _saves_entropy = False  # in the checkpoint that is being written
     _train_sampler = None  # of the run in progress; streams have none
 
     def __init__(self, *args, **kwargs):
@@ -213,6 +213,10 @@ class CheckpointMixin:
                 "depends_on": self._generation_depends_on(),
             }
             torch.save(state, self._buffer_file(folder))
+        if self._saves_entropy and self.args.should_save:
+            state = {"entropy_coef": self.entropy_coef, "last_world_entropy": self._last_world_entropy}
+            with open(os.path.join(folder, ENTROPY_STATE_NAME), "w", encoding="utf-8") as file:
+                json.dump(state, file)
 
     def _load_state(self, folder: str) -> None:
         """Read it back; called on all ranks."""
@@ -269,12 +273,17 @@ class CheckpointMixin:
                 if os.path.exists(path):
                     os.remove(path)
         self.accelerator.wait_for_everyone()
-        with self._saying_that_the_disk_is_full(self.args.output_dir):
-            super()._save_checkpoint(model, trial)
+        # TRL would write it when the checkpoint is whole already.
+        self._saves_entropy, self.use_adaptive_entropy = self.use_adaptive_entropy, False
+        try:
+            with self._saying_what_the_disk_has(self.args.output_dir):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.use_adaptive_entropy = self._saves_entropy
         self._saved_step = self.state.global_step
 
     def save_model(self, output_dir=None, _internal_call=False):
-        with self._saying_that_the_disk_is_full(output_dir or self.args.output_dir):
+        with self._saying_what_the_disk_has(output_dir or self.args.output_dir):
             super().save_model(output_dir, _internal_call)
 
     def create_model_card(self, *args, **kwargs):
@@ -287,24 +296,31 @@ class CheckpointMixin:
                 )
 
     @contextmanager
-    def _saying_that_the_disk_is_full(self, folder: str):
+    def _saying_what_the_disk_has(self, folder: str):
         try:
             yield
         except DiskFull:
             raise
         except Exception as error:
-            if not lacks_room(error, folder):
+            number = why_not_written(error, folder)
+            if number is None:
                 raise
             whole = list(whole_checkpoints(self.args.output_dir).values())
             remedy = (
-                f"The last whole checkpoint is {whole[-1]!r}: make room, and go on with `resume_from_checkpoint=True`."
+                f"The last whole checkpoint is {whole[-1]!r}: go on with `resume_from_checkpoint=True` when there is room."
                 if whole
-                else "There is no whole checkpoint yet: make room, and begin again."
+                else "There is no whole checkpoint yet: begin again when there is room."
             )
-            raise DiskFull(
-                errno.ENOSPC,
-                f"The disk or quota of {folder!r} is full, and what was being written there is of no use. {remedy} "
-                "`save_total_limit` bounds how many are kept.",
+            if number in FULL:
+                raise DiskFull(
+                    number,
+                    f"The disk or quota of {folder!r} is full, and what was being written there is of no use. {remedy} "
+                    "`save_total_limit` bounds how many are kept.",
+                ) from error
+            raise OSError(
+                number,
+                f"{folder!r} can no longer be written to ({os.strerror(number)}), and what was being written there is of no "
+                f"use. {remedy.replace('there is room', 'it can')}",
             ) from error
 
     # The last thing that all ranks do for a checkpoint before the main one writes its `trainer_state.json`.

@@ -30,6 +30,7 @@ from trl.trainer.utils import (
 
 __all__ = [
     "ATTRIBUTES",
+    "ENTROPY_STATE_NAME",
     "MODEL_ATTRIBUTES",
     "MULTIMODAL_KEYS",
     "OVERRIDDEN_METHODS",
@@ -101,6 +102,10 @@ OVERRIDDEN_METHODS = {
     "_push_from_checkpoint": ("self", "checkpoint_folder"),
 }
 
+# What TRL adds to a checkpoint with `use_adaptive_entropy`: `entropy_coef` and `_last_world_entropy`, which it reads before
+# `_load_optimizer_and_scheduler` is over.
+ENTROPY_STATE_NAME = "entropy_ctrl_state.json"
+
 # Attributes of a constructed `GRPOTrainer` that are read or set.
 ATTRIBUTES = (
     "_buffered_inputs",
@@ -108,6 +113,7 @@ ATTRIBUTES = (
     "_entropy_bonus_enabled",
     "_get_output_dir",
     "_is_vlm",
+    "_last_world_entropy",
     "_logs",
     "_metrics",
     "_pending_extra_logs",
@@ -118,6 +124,7 @@ ATTRIBUTES = (
     "aux_loss_enabled",
     "chat_template",
     "chat_template_kwargs",
+    "entropy_coef",
     "environment_factories",
     "eos_token_ids",
     "generation_config",
@@ -139,6 +146,7 @@ ATTRIBUTES = (
     "rollout_func",
     "tools",
     "top_entropy_quantile",
+    "use_adaptive_entropy",
     "use_vllm",
 )
 

@@ -114,8 +114,8 @@ class BreakGradient(TrainerCallback):
 
 def break_loss(trainer: GNDPOTrainer) -> None:
     compute = trainer._compute_loss
-    trainer._compute_loss = lambda model, inputs: compute(model, inputs) * (
-        float("nan") if trainer.state.global_step == 1 else 1.0
+    trainer._compute_loss = lambda model, inputs: (
+        compute(model, inputs) * (float("nan") if trainer.state.global_step == 1 else 1.0)
     )
 
 

@@ -76,6 +76,13 @@ static int meet(int takes_room) {
     return 0;
 }
 
+/* The same for what is no write, and cannot be torn. */
+static int meet_whole(int takes_room) {
+    int met = meet(takes_room);
+    if (met > 0) die();
+    return met;
+}
+
 #define ORIGINAL(name) \
     static __typeof__(&name) original; \
     if (!original) original = (__typeof__(&name))dlsym(RTLD_NEXT, #name);
@@ -89,7 +96,7 @@ static int meet(int takes_room) {
         va_start(list, flags); \
         mode_t mode = va_arg(list, mode_t); \
         va_end(list); \
-        if (OPENS_TO_WRITE(flags) && inside_at(AT_FDCWD, path) && meet(flags & O_CREAT) < 0) return -1; \
+        if (OPENS_TO_WRITE(flags) && inside_at(AT_FDCWD, path) && meet_whole(flags & O_CREAT) < 0) return -1; \
         return original(path, flags, mode); \
     }
 OPEN(open)
@@ -102,7 +109,7 @@ OPEN(open64)
         va_start(list, flags); \
         mode_t mode = va_arg(list, mode_t); \
         va_end(list); \
-        if (OPENS_TO_WRITE(flags) && inside_at(dir, path) && meet(flags & O_CREAT) < 0) return -1; \
+        if (OPENS_TO_WRITE(flags) && inside_at(dir, path) && meet_whole(flags & O_CREAT) < 0) return -1; \
         return original(dir, path, flags, mode); \
     }
 OPENAT(openat)
@@ -111,7 +118,7 @@ OPENAT(openat64)
 #define FOPEN(name) \
     FILE *name(const char *path, const char *mode) { \
         ORIGINAL(name) \
-        if (strpbrk(mode, "wa+") && inside_at(AT_FDCWD, path) && meet(1) < 0) return NULL; \
+        if (strpbrk(mode, "wa+") && inside_at(AT_FDCWD, path) && meet_whole(1) < 0) return NULL; \
         return original(path, mode); \
     }
 FOPEN(fopen)
@@ -153,7 +160,7 @@ PWRITE(pwrite64)
 #define OF_FD(name, parameters, ...) \
     int name parameters { \
         ORIGINAL(name) \
-        if (inside_fd(fd) && meet(0) < 0) return -1; \
+        if (inside_fd(fd) && meet_whole(0) < 0) return -1; \
         return original(__VA_ARGS__); \
     }
 OF_FD(fsync, (int fd), fd)
@@ -164,7 +171,7 @@ OF_FD(ftruncate64, (int fd, off_t size), fd, size)
 #define OF_PATH(name, room, parameters, dir, ...) \
     int name parameters { \
         ORIGINAL(name) \
-        if (inside_at(dir, path) && meet(room) < 0) return -1; \
+        if (inside_at(dir, path) && meet_whole(room) < 0) return -1; \
         return original(__VA_ARGS__); \
     }
 OF_PATH(unlink, 0, (const char *path), AT_FDCWD, path)

@@ -56,7 +56,7 @@ class Started:
 
     def __init__(self, faults: "Faults", specs: list[dict]):
         self.faults, self.specs, self.start = faults, specs, time.monotonic()
-        self.pids = [faults.ask({"run": spec}) for spec in specs]
+        self.pids = [faults.start({"run": spec}) for spec in specs]
 
     @property
     def output(self) -> str:
@@ -78,15 +78,14 @@ class Started:
         deadline = time.monotonic() + seconds
         while len(codes) < len(self.pids):
             for rank, pid in enumerate(self.pids):
-                if rank not in codes and (code := self.faults.ask({"wait": pid, "seconds": 0.0})) is not None:
+                if rank not in codes and (code := self.faults.ended(pid)) is not None:
                     codes[rank] = code
                     if code != 0:
                         deadline = min(deadline, time.monotonic() + patience)
             if time.monotonic() > deadline:
                 for rank, pid in enumerate(self.pids):
                     if rank not in codes:
-                        os.kill(pid, signal.SIGKILL)
-                        self.faults.ask({"wait": pid, "seconds": 10.0})
+                        self.faults.end(pid)
                         codes[rank] = None
             time.sleep(0.02)
         first = Path(self.specs[0]["log"]).read_text()
@@ -106,6 +105,7 @@ class Faults:
     def __init__(self, folder: Path, student: str, teacher: str):
         self.folder, self.student, self.teacher, self.number = folder, student, teacher, 0
         self.wholes: dict[str, Whole] = {}
+        self.running: set[int] = set()
         library = folder / "file_faults.so"
         source = str(FOLDER / "file_faults.c")
         subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-o", str(library), source, "-ldl"], check=True)
@@ -119,13 +119,30 @@ class Faults:
         assert self.parent.stdout.readline() == "ready\n", (folder / "parent.log").read_text()
 
     def close(self) -> None:
-        self.parent.stdin.close()
-        self.parent.wait(timeout=10)
+        for pid in [*self.running]:
+            self.end(pid)
+        self.parent.kill()
+        self.parent.wait()
 
     def ask(self, command: dict) -> Any:
         self.parent.stdin.write(json.dumps(command) + "\n")
         self.parent.stdin.flush()
         return json.loads(self.parent.stdout.readline())
+
+    def start(self, command: dict) -> int:
+        pid = self.ask(command)
+        self.running.add(pid)
+        return pid
+
+    def ended(self, pid: int, seconds: float = 0.0) -> int | None:
+        code = self.ask({"wait": pid, "seconds": seconds})
+        if code is not None:
+            self.running.discard(pid)
+        return code
+
+    def end(self, pid: int) -> None:
+        os.kill(pid, signal.SIGKILL)
+        self.ended(pid, 10.0)
 
     def new_folder(self, variant: Variant) -> Path:
         self.number += 1
@@ -154,7 +171,7 @@ class Faults:
         return Started(self, specs)
 
     def serve(self, port: int) -> int:
-        pid = self.ask({"serve": {"log": str(self.folder / "server"), "teacher": self.teacher, "port": port}})
+        pid = self.start({"serve": {"log": str(self.folder / "server"), "teacher": self.teacher, "port": port}})
         deadline = time.monotonic() + 20
         while True:
             try:
@@ -163,10 +180,6 @@ class Faults:
             except ConnectionRefusedError:
                 assert time.monotonic() < deadline, (self.folder / "server").read_text()
                 time.sleep(0.02)
-
-    def end(self, pid: int) -> None:
-        os.kill(pid, signal.SIGKILL)
-        self.ask({"wait": pid, "seconds": 10.0})
 
     def whole(self, variant: Variant) -> Whole:
         """What comes of a variant if nothing befalls it; each prompt of an epoch has been read once."""
@@ -188,7 +201,7 @@ class Faults:
     def difference(self, variant: Variant, folder: Path, ended: Ended) -> str:
         """How what is in a folder differs from the run that nothing befell; empty if not at all."""
         whole = self.whole(variant)
-        if any(ended.codes):
+        if any(code != 0 for code in ended.codes):
             return f"it ended with {ended.codes}: {ended.output[-2000:]}"
         if result_of(folder) != whole.weights:
             return "other weights"

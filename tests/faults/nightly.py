@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any
 
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import tiny_models
 from harness import Ended, Faults, Variant, free_port, last_whole_step
 
 
+ROOT = Path(__file__).parents[2]
 RECIPE = json.loads((ROOT / "recipes/deepspeed/zero3.json").read_text())
 
 
@@ -62,6 +62,7 @@ POINTS = {
     "after generation": 3,
     "teacher scoring": 3,
     "after teacher scoring": 3,
+    "in generation": 12,
     "scoring": 6,
     "forward": 12,
     "backward": 12,
@@ -143,13 +144,18 @@ def try_point(faults: Faults, variant: Variant, kind: str, draw: random.Random) 
             break
         ended, wrong = befall(faults, variant, folder, fault, step)
         befell.append({"fault": fault, "codes": ended.codes, "seconds": round(ended.seconds, 1)})
-        if any(ended.codes):
+        if any(code != 0 for code in ended.codes):
             again = max(again, step + ended.steps - last_whole_step(folder / "out"))
         if wrong:
             break
     step, ended = faults.go_on(variant, folder)
     wrong = wrong or faults.difference(variant, folder, ended)
-    return {"befell": befell, "again": again, "wrong": wrong, "has_befallen": any(any(one["codes"]) for one in befell)}
+    return {
+        "befell": befell,
+        "again": again,
+        "wrong": wrong,
+        "has_befallen": any(code != 0 for one in befell for code in one["codes"]),
+    }
 
 
 def table(points: list[dict]) -> str:
@@ -183,26 +189,31 @@ def main() -> None:
     record = ROOT / "build" / "faults" / "points.jsonl"
     record.parent.mkdir(parents=True, exist_ok=True)
     lines = record.read_text().splitlines() if record.exists() else []
-    points = [point for point in map(json.loads, lines) if point["seed"] == arguments.seed]
+    points = [json.loads(line) for line in lines]
+    done = {point["number"] for point in points if point["seed"] == arguments.seed}
     with tempfile.TemporaryDirectory() as folder:
         build = tiny_models.BUILDERS["qwen3"]
         student = tiny_models.save(*build(seed=0), Path(folder, "student"))
         teacher = tiny_models.save(*build(seed=1, width=48), Path(folder, "teacher"))
         faults = Faults(Path(folder), student, teacher)
-        port = free_port()
-        faults.serve(port)
-        drawn = variants(port)
-        for number in range(len(points), arguments.points):
-            draw = random.Random(1_000_000 * arguments.seed + number)
-            (variant,) = draw.choices(list(drawn), drawn.values())
-            (kind,) = draw.choices(list(KINDS), KINDS.values())
-            point = {"seed": arguments.seed, "number": number, "variant": variant.name, "kind": kind}
-            point |= try_point(faults, variant, kind, draw)
-            points.append(point)
-            with open(record, "a") as file:
-                file.write(json.dumps(point) + "\n")
-            print(f"{number + 1}/{arguments.points} {variant.name}, {kind}: {point['wrong'] or 'exact'}", flush=True)
-        faults.close()
+        try:
+            port = free_port()
+            faults.serve(port)
+            drawn = variants(port)
+            for number in sorted({*range(arguments.points)} - done):
+                draw = random.Random(1_000_000 * arguments.seed + number)
+                (variant,) = draw.choices(list(drawn), drawn.values())
+                (kind,) = draw.choices(list(KINDS), KINDS.values())
+                point = {"seed": arguments.seed, "number": number, "variant": variant.name, "kind": kind}
+                point |= try_point(faults, variant, kind, draw)
+                points.append(point)
+                with open(record, "a") as file:
+                    file.write(json.dumps(point) + "\n")
+                print(
+                    f"{number + 1}/{arguments.points} {variant.name}, {kind}: {point['wrong'] or 'exact'}", flush=True
+                )
+        finally:
+            faults.close()
     write_table(points)
     if any(point["wrong"] for point in points):
         sys.exit(1)

@@ -136,9 +136,11 @@ def kill_at(trainer: GNDPOTrainer, point: str, number: int) -> None:
         wrap(trainer.teacher, "hidden_states" if reads_hidden_states(trainer) else "per_token_logps")
     elif point == "after teacher scoring":
         wrap(trainer.teacher, "hidden_states" if reads_hidden_states(trainer) else "per_token_logps", after=True)
-    elif point == "scoring":  # of any model, by our forward passes
+    elif point == "in generation":
         model = trainer.model
         model.register_forward_pre_hook(lambda module, args: None if torch.is_grad_enabled() else reached())
+    elif point == "scoring":
+        wrap(trainer, "_get_per_token_logps_and_entropies", counts=lambda: not torch.is_grad_enabled())
     elif point == "forward":
         model = trainer.model
         model.register_forward_pre_hook(lambda module, args: reached() if torch.is_grad_enabled() else None)
