@@ -2,10 +2,11 @@ PYTHON ?= python3
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 SEED ?= 0
+POINTS ?= 240
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses $(WORKERS)
 
-.PHONY: demo docs test test-vllm quick fuzz check lint clean
+.PHONY: demo docs test test-vllm quick faults fuzz check lint clean
 
 demo: $(VENV)/.installed
 	PYTHONWARNINGS=ignore::FutureWarning $(VENV)/bin/python examples/digits_demo.py --seed $(SEED)
@@ -28,6 +29,10 @@ quick: $(VENV)/.installed
 # Thousands of configurations and rows, other ones each time.
 fuzz: $(VENV)/.installed
 	FUZZ=nightly $(PYTEST) tests/fuzz tests/test_numbers.py
+
+# Goes on where it was cut off; `rm -r build/faults` begins again.
+faults: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python tests/faults/nightly.py --points $(POINTS) --seed $(SEED)
 
 check: $(VENV)/.installed
 	$(VENV)/bin/ruff check

@@ -59,7 +59,7 @@ History = list[dict[str, float | None]]
 class RunWarnings(TrainerCallback):
     """
     Gives each warning of `CHECKS` once in a run, on the main process, from the tenth step on; what the configuration alone
-    tells, before the first.
+    tells, before the first; and of a shorter run, at its end, whether anything was learned.
     """
 
     def __init__(self):
@@ -80,6 +80,16 @@ class RunWarnings(TrainerCallback):
             if check not in self._given and (message := check(history, args)) is not None:
                 self._given.add(check)
                 warnings.warn(message)
+
+    def on_train_end(self, args: GNDPOConfig, state: TrainerState, control: TrainerControl, **kwargs):
+        history = [entry for entry in state.log_history if "loss" in entry]
+        if not state.is_world_process_zero or not history or state.global_step >= WINDOW:
+            return
+        message = check_nothing(history, args)
+        if message is None and latest(history, "grad_norm") == 0:
+            message = check_noise(history, args)
+        if message is not None:
+            warnings.warn(message)
 
 
 def check_sampling(args: GNDPOConfig) -> str | None:

@@ -29,6 +29,7 @@ from .estimators.from_config import get_estimator
 from .estimators.reading import settle
 from .grpo.launch import check_final_save
 from .grpo.loss_seam import SequenceTokenMixin
+from .grpo.ranks import raised_on_all_ranks
 from .grpo.rollouts import valid_tokens
 from .grpo.sampling import suppress_tokens
 from .grpo.trainer import ExtendedGRPOTrainer
@@ -241,7 +242,8 @@ class GNDPOTrainer(SequenceTokenMixin, OnePassMixin, QuestionsMixin, BatchLogsMi
     def _population_of(self, mode: str, rows: list[dict[str, Any]]) -> Population:
         """Whom the completions of these rows are compared with."""
         num_generations = self.num_generations if mode == "train" else self.num_generations_eval
-        teachers = torch.tensor(self.teacher.route(rows)) if self.teacher.names else None
+        with raised_on_all_ranks():
+            teachers = torch.tensor(self.teacher.route(rows)) if self.teacher.names else None
         return replace(self.population, num_generations=num_generations, teachers=teachers)
 
     def _generation_depends_on(self):

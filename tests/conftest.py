@@ -141,6 +141,22 @@ def make_trainer(make_config, checkpoints, text_dataset, image_dataset):
 
 
 @pytest.fixture
+def make_self_taught(make_trainer, tmp_path):
+    """A student whose average, which reads more than it does, is its teacher, in a run of four steps."""
+    question = [{"role": "user", "content": "one plus two is what ?"}]
+    hint = [{"role": "user", "content": "one plus two is three . what is one plus two ?"}]
+    rows = Dataset.from_list([{"prompt": question, "teacher_prompt": hint}] * 8)
+
+    def make(folder: str, callbacks=(), **options) -> GNDPOTrainer:
+        trainer_options = {"train_dataset": rows, "callbacks": list(callbacks)}
+        options = {"teacher_weights": "ema", "teacher_ema_decay": 0.5, "max_steps": 4, **options}
+        folder = str(tmp_path / folder)
+        return make_trainer(teacher_model="self", output_dir=folder, trainer_options=trainer_options, **options)
+
+    return make
+
+
+@pytest.fixture
 def make(make_config, checkpoints, text_dataset):
     """A trainer of any class, with rewards, on canned completions of heavy-tailed lengths."""
 

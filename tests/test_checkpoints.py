@@ -14,10 +14,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from gndpo_trl.grpo.checkpoints import CheckpointMixin, last_whole_checkpoint
-from gndpo_trl.grpo.run_folder import DiskFull, lacks_room, lock
+from gndpo_trl.grpo.run_folder import FULL, DiskFull, lock, why_not_written
 
 
 # Four micro-batches for each generation, one for each step: a checkpoint after two steps is in the middle.
@@ -166,7 +167,7 @@ def test_a_run_that_sigterm_ends_is_not_finished(make_trainer, tmp_path, caplog,
     options = {"output_dir": str(tmp_path / "run"), "enable_jit_checkpoint": True, "max_steps": 4}
     terminate = Terminate(step)
     trainer = make_trainer(trainer_options={"callbacks": [terminate]}, **options)
-    trainer._on_sigterm.jit_manager.kill_wait = 0
+    trainer._on_signal.jit_manager.kill_wait = 0
     before = signal.getsignal(signal.SIGTERM)
     if step == 4:
         assert trainer.train().global_step == 4
@@ -180,6 +181,66 @@ def test_a_run_that_sigterm_ends_is_not_finished(make_trainer, tmp_path, caplog,
         trainer.train(resume_from_checkpoint=True)
     assert last_whole_checkpoint(str(tmp_path / "run")).endswith("checkpoint-3")
     assert signal.getsignal(signal.SIGTERM) != before
+
+
+class PressCtrlC(TrainerCallback):
+    """Ctrl-C in a step, as often as it says."""
+
+    def __init__(self, step: int, times: int = 1):
+        self.step, self.times = step, times
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step - 1:
+            for _ in range(self.times):
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_ctrl_c_saves_the_step_that_it_ends(make_trainer, tmp_path, caplog):
+    options = {"output_dir": str(tmp_path / "run"), "enable_jit_checkpoint": True, "max_steps": 4}
+    press = PressCtrlC(2)
+    trainer = make_trainer(trainer_options={"callbacks": [press]}, **options)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(
+        KeyboardInterrupt, match="Ctrl-C ended the run after step 2 of 4.*`resume_from_checkpoint=True`"
+    ):
+        trainer.train()
+    assert "the run ends after this step, with a checkpoint" in caplog.text
+    assert last_whole_checkpoint(str(tmp_path / "run")).endswith("checkpoint-2")
+    assert "has made 2 of 4 steps" in (tmp_path / "run" / "README.md").read_text()
+    press.step, press.times = 3, 2
+    with pytest.raises(KeyboardInterrupt, match="in step 3 of 4.*last whole checkpoint is .*checkpoint-2'"):
+        trainer.train(resume_from_checkpoint=True)
+    assert signal.getsignal(signal.SIGINT) == before
+    press.times = 0
+    assert trainer.train(resume_from_checkpoint=True).global_step == 4  # whose end is not saved
+    assert "has made" not in (tmp_path / "run" / "README.md").read_text()
+
+
+def test_a_run_that_a_signal_ends_has_its_teacher_of_that_step(make_self_taught, tmp_path):
+    make_self_taught("whole", save_strategy="steps", save_steps=2).train()
+    with pytest.raises(KeyboardInterrupt):
+        make_self_taught("cut off", [PressCtrlC(2)], enable_jit_checkpoint=True).train()
+    one, two = (load_file(tmp_path / name / "checkpoint-2" / "teacher.safetensors") for name in ("whole", "cut off"))
+    assert one.keys() == two.keys() and all(torch.equal(values, two[name]) for name, values in one.items())
+
+
+def test_ctrl_c_that_is_ignored_stays_so(make_trainer, tmp_path):
+    """As in jobs that a script starts in the background."""
+    options = {"output_dir": str(tmp_path / "run"), "enable_jit_checkpoint": True}
+    trainer = make_trainer(trainer_options={"callbacks": [PressCtrlC(1)]}, **options)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        assert trainer.train().global_step == 2
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_without_checkpoints_says_what_is_lost(make_trainer):
+    trainer = make_trainer(max_steps=4, trainer_options={"callbacks": [PressCtrlC(2)]})
+    with pytest.raises(
+        KeyboardInterrupt, match="in step 2 of 4: it is not finished. There is no checkpoint of it. With `ena"
+    ):
+        trainer.train()
 
 
 def test_what_a_rollout_keeps_in_cpu_memory_stays_there():
@@ -213,6 +274,21 @@ def test_a_checkpoint_is_whole_or_absent(make_trainer, saved, monkeypatch):
     with pytest.warns(UserWarning, match="left out"):
         resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 8
+
+
+def test_nothing_of_a_checkpoint_is_written_after_what_makes_it_whole(make_trainer, tmp_path):
+    """TRL writes the state of an adaptive entropy bonus last: a run that is killed before that would go on without."""
+    options = {"entropy_coef": 0.1, "use_adaptive_entropy": True, "save_strategy": "steps", "save_steps": 1}
+    trainer = make_trainer(output_dir=str(tmp_path / "run"), **options)
+    trainer.train()
+    files = sorted((tmp_path / "run" / "checkpoint-2").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    assert files[-1].name == "trainer_state.json" and "entropy_ctrl_state.json" in [path.name for path in files]
+    resumed = make_trainer(output_dir=str(tmp_path / "run"), max_steps=3, **options)
+    assert resumed.entropy_coef == 0.1 != trainer.entropy_coef
+    resumed._generate_and_score_completions = None
+    with pytest.raises(TypeError):
+        resumed.train(resume_from_checkpoint=True)
+    assert resumed.entropy_coef == trainer.entropy_coef
 
 
 def test_a_checkpoint_that_is_written_again_forgets_the_old_one(make_trainer, saved):
@@ -307,6 +383,10 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch):
 LOST = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 57664 vs 57552")
 
 
+def refuse_to_write(dir: str):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), dir)
+
+
 def test_a_full_disk_is_called_that(make_trainer, saved, monkeypatch):
     def fail(*args, **kwargs):
         raise LOST
@@ -321,6 +401,10 @@ def test_a_full_disk_is_called_that(make_trainer, saved, monkeypatch):
             DiskFull, match=rf"{saved}/checkpoint-4' is full.* The last whole checkpoint is '{saved}/checkpoint-2'"
         ):
             trainer.train(resume_from_checkpoint=True)
+        patch.setattr(tempfile, "TemporaryFile", refuse_to_write)
+        with pytest.raises(OSError, match=rf"'{saved}' can no longer be written to .Read-only file.* when it can"):
+            trainer.train(resume_from_checkpoint=True)
+        patch.setattr(tempfile, "TemporaryFile", lambda dir: open("/dev/full", "wb"))
         patch.setattr(trainer.model, "save_pretrained", fail)
         with pytest.raises(DiskFull, match=rf"The disk or quota of '{saved}' is full"):
             trainer.save_model()
@@ -345,4 +429,4 @@ def chained(error: Exception) -> RuntimeError:
     ],
 )
 def test_an_error_that_is_a_full_disk(tmp_path, error, is_full):
-    assert lacks_room(error, str(tmp_path)) == is_full
+    assert why_not_written(error, str(tmp_path)) in (FULL if is_full else (None,))

@@ -73,6 +73,14 @@ def test_broken_steps_in_a_row_end_the_run_with_a_checkpoint(make_trainer, tmp_p
     assert trainer.state.global_step == 9 and trainer.skipped_steps == 0
 
 
+def test_a_run_that_broken_steps_end_has_its_teacher_of_the_last_one(make_self_taught, tmp_path):
+    make_self_taught("whole", [Poison(1)], save_strategy="steps", save_steps=2).train()
+    with pytest.raises(RunCannotGoOn):
+        make_self_taught("cut off", [Poison(1)], max_skipped_steps=1).train()
+    one, two = (load_file(tmp_path / name / "checkpoint-2" / "teacher.safetensors") for name in ("whole", "cut off"))
+    assert one.keys() == two.keys() and all(torch.equal(values, two[name]) for name, values in one.items())
+
+
 def test_a_broken_student_is_not_saved(make_trainer, tmp_path):
     trainer = make_trainer(max_steps=1)
     trainer.train()

@@ -90,6 +90,21 @@ def test_a_run_that_learns_nothing_says_why(make_trainer, options, reason):
         trainer.train()
 
 
+@pytest.mark.parametrize("case", ["unknown", "floor"])
+def test_a_short_run_that_learns_nothing_says_so_at_its_end(make_trainer, case):
+    options, reason = NOTHING[case]
+    trainer = make_trainer(max_steps=3, **options)
+    with pytest.warns(UserWarning, match=reason):
+        trainer.train()
+
+
+def test_a_short_run_of_a_student_that_is_its_teacher(make_trainer, checkpoints):
+    same = {"teacher_model": checkpoints["qwen3-student"], "max_steps": 1}
+    assert given(make_trainer(**same)) == {"noise": 1}
+    assert given(make_trainer(advantage_normalization="none", **same)) == {"no gradient": 1}
+    assert not given(make_trainer(max_steps=1))
+
+
 def test_a_student_that_is_its_teacher(make_trainer, checkpoints):
     same = checkpoints["qwen3-student"]
     assert given(make_trainer(teacher_model=same, max_steps=12))["noise"] == 1

@@ -109,6 +109,12 @@ def test_rewards_get_the_known_arguments():
     assert names == {*trl_hooks.REWARD_ARGUMENTS}, f"TRL passes other arguments: {names}"
 
 
+def test_ranks_wait_for_each_other_at_the_end_of_the_rewards():
+    source = inspect.getsource(GRPOTrainer._calculate_rewards)
+    assert source.count("gather(") == 2  # asyncio's, and that of the ranks
+    assert source.rstrip().endswith("rewards_per_func = gather(rewards_per_func)\n        return rewards_per_func")
+
+
 def test_the_trainer_state_is_the_last_thing_in_a_checkpoint():
     source = inspect.getsource(Trainer._save_checkpoint)
     order = [

@@ -1,6 +1,5 @@
 """Runs that begin clean, and checkpoints that are whole or absent and hold what a `GRPOTrainer` needs to go on exactly."""
 
-import errno
 import json
 import os
 import re
@@ -17,9 +16,9 @@ from torch.serialization import default_restore_location
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .run_folder import DiskFull, held_by_one_run, lacks_room
+from .run_folder import FULL, DiskFull, held_by_one_run, why_not_written
 from .sigterm import AgreedJITCheckpointCallback, JITCheckpointCallback
-from .trl_hooks import TRAINER_STATE_NAME
+from .trl_hooks import ENTROPY_STATE_NAME, TRAINER_STATE_NAME
 
 
 logger = get_logger(__name__)
@@ -44,8 +43,9 @@ class CheckpointMixin:
       `resume_from_checkpoint=True` takes the last one that is whole.
     - A folder has the checkpoints of one run: a run that would save into one with another's, or while another run does, is
       refused.
-    - `enable_jit_checkpoint` saves on SIGTERM at the end of the same step on all ranks, and then ends the process: what would
-      come after `train` is for a run that is over.
+    - `enable_jit_checkpoint` saves on SIGTERM or Ctrl-C at the end of the same step on all ranks, and then ends the process:
+      what would come after `train` is for a run that is over. Whatever ends a run, its last words say what it has left; the
+      card of a model that is saved before the end says so.
     - A disk that is full while a checkpoint or a result is written is called that, in a [`DiskFull`].
     - A run that ends by a [`RunCannotGoOn`] saves its last step first, whatever `save_strategy` says.
     - A run that goes on in a later epoch reads the prompts of that epoch, each once; TRL's sampler would begin with those of
@@ -76,16 +76,17 @@ class CheckpointMixin:
         "vllm_importance_sampling_mode",
     )
 
-    _on_sigterm: AgreedJITCheckpointCallback | None = None
+    _on_signal: AgreedJITCheckpointCallback | None = None
+    _saves_entropy = False  # in the checkpoint that is being written
     _train_sampler = None  # of the run in progress; streams have none
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         keep_checkpoint_names(self.model)
         if self.args.enable_jit_checkpoint:
-            self._on_sigterm = AgreedJITCheckpointCallback()
-            self._on_sigterm.jit_manager = self.pop_callback(JITCheckpointCallback).jit_manager
-            self.add_callback(self._on_sigterm)
+            self._on_signal = AgreedJITCheckpointCallback()
+            self._on_signal.jit_manager = self.pop_callback(JITCheckpointCallback).jit_manager
+            self.add_callback(self._on_signal)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         output_dir = self.args.output_dir
@@ -93,7 +94,8 @@ class CheckpointMixin:
             checkpoint = self._checkpoint_to_go_on_from(resume_from_checkpoint)
             self._begin_run()
             try:
-                output = super().train(checkpoint, *args, **kwargs)
+                with nullcontext() if self._on_signal is None else self._on_signal.minding_ctrl_c():
+                    output = super().train(checkpoint, *args, **kwargs)
             except RunCannotGoOn as reason:
                 if self.state.global_step != self._saved_step:
                     self._save_checkpoint(self.model_wrapped, trial=None)
@@ -103,13 +105,32 @@ class CheckpointMixin:
                     f"{reason} The run ended after step {self.state.global_step}, which is saved in {output_dir!r}: "
                     "go on with `resume_from_checkpoint=True`."
                 ) from reason
-        if self._on_sigterm is not None and self._on_sigterm.has_saved and not self._is_done():
-            logger.warning(
-                f"SIGTERM ended the run after step {self.state.global_step} of {self.state.max_steps}, which is saved in "
-                f"{output_dir!r}. It is not finished: go on with `resume_from_checkpoint=True`."
+            except KeyboardInterrupt as interrupt:
+                raise KeyboardInterrupt(self._what_is_left()) from interrupt
+        ended_by = None if self._on_signal is None else self._on_signal.ended_by
+        if ended_by is not None and not self._is_done():
+            words = (
+                f"{'Ctrl-C' if ended_by == signal.SIGINT else ended_by.name} ended the run after step {self.state.global_step} "
+                f"of {self.state.max_steps}, which is saved in {output_dir!r}. It is not finished: go on with "
+                "`resume_from_checkpoint=True`."
             )
-            raise SystemExit(128 + signal.SIGTERM)
+            if ended_by == signal.SIGINT:  # which a notebook survives
+                raise KeyboardInterrupt(words)
+            logger.warning(words)
+            raise SystemExit(128 + ended_by)
+        if self._is_done() and self._saved_step not in (0, self.state.global_step):  # its card is not of the result
+            self.create_model_card(model_name=os.path.basename(self.args.hub_model_id or output_dir))
         return output
+
+    def _what_is_left(self) -> str:
+        """Last words of a run that Ctrl-C has ended wherever it was."""
+        end = (
+            f"Ctrl-C ended the run in step {self.state.global_step + 1} of {self.state.max_steps}: it is not finished."
+        )
+        whole = list(whole_checkpoints(self.args.output_dir).values())
+        if not whole:
+            return f"{end} There is no checkpoint of it. With `enable_jit_checkpoint=True`, Ctrl-C saves one."
+        return f"{end} Its last whole checkpoint is {whole[-1]!r}: go on with `resume_from_checkpoint=True`."
 
     def _saves_checkpoints(self) -> bool:
         return self.args.save_strategy != "no" or self.args.enable_jit_checkpoint
@@ -192,6 +213,10 @@ class CheckpointMixin:
                 "depends_on": self._generation_depends_on(),
             }
             torch.save(state, self._buffer_file(folder))
+        if self._saves_entropy and self.args.should_save:
+            state = {"entropy_coef": self.entropy_coef, "last_world_entropy": self._last_world_entropy}
+            with open(os.path.join(folder, ENTROPY_STATE_NAME), "w", encoding="utf-8") as file:
+                json.dump(state, file)
 
     def _load_state(self, folder: str) -> None:
         """Read it back; called on all ranks."""
@@ -248,33 +273,54 @@ class CheckpointMixin:
                 if os.path.exists(path):
                     os.remove(path)
         self.accelerator.wait_for_everyone()
-        with self._saying_that_the_disk_is_full(self.args.output_dir):
-            super()._save_checkpoint(model, trial)
+        # TRL would write it when the checkpoint is whole already.
+        self._saves_entropy, self.use_adaptive_entropy = self.use_adaptive_entropy, False
+        try:
+            with self._saying_what_the_disk_has(self.args.output_dir):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.use_adaptive_entropy = self._saves_entropy
         self._saved_step = self.state.global_step
 
     def save_model(self, output_dir=None, _internal_call=False):
-        with self._saying_that_the_disk_is_full(output_dir or self.args.output_dir):
+        with self._saying_what_the_disk_has(output_dir or self.args.output_dir):
             super().save_model(output_dir, _internal_call)
 
+    def create_model_card(self, *args, **kwargs):
+        super().create_model_card(*args, **kwargs)
+        if self.accelerator.is_main_process and not self._is_done():
+            with open(os.path.join(self.args.output_dir, "README.md"), "a", encoding="utf-8") as card:
+                card.write(
+                    f"\n## Not the end of its run\n\nThe model has made {self.state.global_step} of {self.state.max_steps} "
+                    "steps; the run had not ended when it was saved.\n"
+                )
+
     @contextmanager
-    def _saying_that_the_disk_is_full(self, folder: str):
+    def _saying_what_the_disk_has(self, folder: str):
         try:
             yield
         except DiskFull:
             raise
         except Exception as error:
-            if not lacks_room(error, folder):
+            number = why_not_written(error, folder)
+            if number is None:
                 raise
             whole = list(whole_checkpoints(self.args.output_dir).values())
             remedy = (
-                f"The last whole checkpoint is {whole[-1]!r}: make room, and go on with `resume_from_checkpoint=True`."
+                f"The last whole checkpoint is {whole[-1]!r}: go on with `resume_from_checkpoint=True` when there is room."
                 if whole
-                else "There is no whole checkpoint yet: make room, and begin again."
+                else "There is no whole checkpoint yet: begin again when there is room."
             )
-            raise DiskFull(
-                errno.ENOSPC,
-                f"The disk or quota of {folder!r} is full, and what was being written there is of no use. {remedy} "
-                "`save_total_limit` bounds how many are kept.",
+            if number in FULL:
+                raise DiskFull(
+                    number,
+                    f"The disk or quota of {folder!r} is full, and what was being written there is of no use. {remedy} "
+                    "`save_total_limit` bounds how many are kept.",
+                ) from error
+            raise OSError(
+                number,
+                f"{folder!r} can no longer be written to ({os.strerror(number)}), and what was being written there is of no "
+                f"use. {remedy.replace('there is room', 'it can')}",
             ) from error
 
     # The last thing that all ranks do for a checkpoint before the main one writes its `trainer_state.json`.

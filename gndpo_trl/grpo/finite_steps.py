@@ -76,12 +76,14 @@ class FiniteStepsMixin:
             norm = None if engine.fp16_enabled() else engine.get_global_grad_norm()
             return torch.tensor(norm is None or math.isfinite(norm), device=device)
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        largest = torch.nn.utils.get_total_norm(gradients, norm_type=torch.inf)
-        largest = largest.full_tensor() if hasattr(largest, "full_tensor") else largest  # of pieces, under FSDP
-        return largest.isfinite().to(device)
+        # Of pieces, under FSDP, each rank looks at its own: the largest over all ranks may be a number where one has NaN.
+        pieces = [gradient.to_local() if hasattr(gradient, "to_local") else gradient for gradient in gradients]
+        pieces = [piece for piece in pieces if piece.numel() > 0]
+        return torch.nn.utils.get_total_norm(pieces, norm_type=torch.inf).isfinite().to(device)
 
-    def _check_steps(self) -> None:
-        """End the run where steps are skipped in a row; called on all ranks, after a step."""
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        """End the run where steps are skipped in a row: after all that is done at the end of a step, a teacher's too."""
+        super()._maybe_log_save_evaluate(*args, **kwargs)
         if self.skipped_in_a_row >= self.args.max_skipped_steps:
             raise RunCannotGoOn(
                 f"{self.skipped_in_a_row} steps in a row had a loss or a gradient that is not finite and were skipped "
@@ -120,9 +122,6 @@ class SkipStep(TrainerCallback):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.trainer._judge_step()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.trainer._check_steps()
 
 
 def is_finite(parameter: torch.Tensor) -> bool:

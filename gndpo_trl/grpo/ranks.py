@@ -5,6 +5,7 @@ from contextlib import contextmanager
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather, gather_object
+from torch import nn
 
 
 @contextmanager
@@ -29,3 +30,22 @@ def raised_on_all_ranks():
     if error is not None:
         raise error
     raise ValueError(next(text for text in texts if text is not None))
+
+
+class RewardsTogetherMixin:
+    """Has all ranks of a [`~trl.GRPOTrainer`] end with what a reward function raises on one of them."""
+
+    def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
+        error = None
+        try:
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        except Exception as caught:
+            # In a reward model that is cut into pieces, the others may wait for anything.
+            if any(isinstance(function, nn.Module) for function in self.reward_funcs):
+                raise
+            error = caught
+            rewards = gather(torch.zeros(len(prompts), len(self.reward_funcs), device=self.accelerator.device))
+        with raised_on_all_ranks():
+            if error is not None:
+                raise error
+        return rewards

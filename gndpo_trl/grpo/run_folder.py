@@ -81,27 +81,29 @@ class DiskFull(OSError):
     """Raised in the place of whatever a library says when there is no room for what it writes."""
 
 
-def lacks_room(error: BaseException, folder: str) -> bool:
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def why_not_written(error: BaseException, folder: str) -> int | None:
     """
-    Whether an error of writing to a folder is that of a full disk or quota.
+    What the system has against writing to a folder (a number of `errno`), where that is the cause of an error.
 
     Where torch writes a file, what the system said is lost ("unexpected pos 57664"), and what safetensors says of it is a
     text. The disk itself is asked then: a quota is no part of what it says is free, so that a little is written to it.
     """
     cause = error
     while cause is not None:
-        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(f"os error {number})" in str(cause) for number in (errno.ENOSPC, errno.EDQUOT)):
-            return True
+        for number in FULL:
+            if getattr(cause, "errno", None) == number or f"os error {number})" in str(cause):
+                return number
         cause = cause.__cause__ or cause.__context__
     if not isinstance(error, OSError | RuntimeError):
-        return False
+        return None
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(os.urandom(PROBE))
             file.flush()
             os.fsync(file.fileno())
     except OSError as refusal:
-        return refusal.errno in (errno.ENOSPC, errno.EDQUOT)
-    return False
+        return refusal.errno
+    return None

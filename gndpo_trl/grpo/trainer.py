@@ -14,7 +14,7 @@ from .evaluation_logs import EvaluationLogsMixin, check_best_metric
 from .finite_steps import FiniteStepsMixin
 from .head_check import check_head
 from .learned_prompts import check_learned_prompts
-from .ranks import raised_on_all_ranks
+from .ranks import RewardsTogetherMixin, raised_on_all_ranks
 from .real_tokens import RealTokensMixin
 from .routers import check_routers
 from .row_checks import RowsSeen, check_length, open_rows, positions_of
@@ -31,6 +31,7 @@ class ExtendedGRPOTrainer(
     VLLMMixin,
     FiniteStepsMixin,
     CompletionTablesMixin,
+    RewardsTogetherMixin,
     CheckpointMixin,
     GRPOTrainer,
     EvaluationLogsMixin,

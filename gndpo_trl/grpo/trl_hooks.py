@@ -30,6 +30,7 @@ from trl.trainer.utils import (
 
 __all__ = [
     "ATTRIBUTES",
+    "ENTROPY_STATE_NAME",
     "MODEL_ATTRIBUTES",
     "MULTIMODAL_KEYS",
     "OVERRIDDEN_METHODS",
@@ -93,12 +94,18 @@ OVERRIDDEN_METHODS = {
     "_get_train_sampler": ("self", "dataset"),
     # Called with keywords for each epoch that is left, and ends after a step in which `control` says so.
     "_run_epoch": None,
+    # Called on all ranks at the end of every step, and of an epoch, when all callbacks have been asked.
+    "_maybe_log_save_evaluate": None,
     # Called on all ranks, for each of several sets by itself; what it gives to `log` is what it returns.
     "evaluate": ("self", "eval_dataset", "ignore_keys", "metric_key_prefix"),
     # The two that upload `output_dir`, both with transformers' `hf_api().upload_folder`.
     "push_to_hub": None,
     "_push_from_checkpoint": ("self", "checkpoint_folder"),
 }
+
+# What TRL adds to a checkpoint with `use_adaptive_entropy`: `entropy_coef` and `_last_world_entropy`, which it reads before
+# `_load_optimizer_and_scheduler` is over.
+ENTROPY_STATE_NAME = "entropy_ctrl_state.json"
 
 # Attributes of a constructed `GRPOTrainer` that are read or set.
 ATTRIBUTES = (
@@ -107,6 +114,7 @@ ATTRIBUTES = (
     "_entropy_bonus_enabled",
     "_get_output_dir",
     "_is_vlm",
+    "_last_world_entropy",
     "_logs",
     "_metrics",
     "_pending_extra_logs",
@@ -117,6 +125,7 @@ ATTRIBUTES = (
     "aux_loss_enabled",
     "chat_template",
     "chat_template_kwargs",
+    "entropy_coef",
     "environment_factories",
     "eos_token_ids",
     "generation_config",
@@ -138,6 +147,7 @@ ATTRIBUTES = (
     "rollout_func",
     "tools",
     "top_entropy_quantile",
+    "use_adaptive_entropy",
     "use_vllm",
 )
 

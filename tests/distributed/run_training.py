@@ -3,7 +3,8 @@
 Its specification holds `model`, `teacher`, `config` (the fields of GNDPOConfig), and optionally `completions` (token ids
 of a completion for each prompt; without them the student samples), `images` (whether prompts have one), `own_prompts`
 (whether the teacher has some), `prompt_fn` (whether a function writes them), `routed` (whether two teachers share the rows), `lora` (true or "4bit"), `resume`, `save`
-(a folder), `fail` (what shall go wrong on the last rank) and `fsdp` (see below).
+(a folder), `fail` (what shall go wrong on the last rank), `broken` (what is NaN there in the second step), `scaler` (whether
+losses are scaled, as for float16) and `fsdp` (see below).
 """
 
 import io
@@ -20,10 +21,10 @@ from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
-from transformers import AutoProcessor, BitsAndBytesConfig
+from transformers import AutoProcessor, BitsAndBytesConfig, TrainerCallback
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
-from gndpo_trl.teachers import LocalTeacher
+from gndpo_trl.teachers import LocalTeacher, Teacher
 from gndpo_trl.teachers.weights import piece
 
 
@@ -82,6 +83,42 @@ def char_reward(completions, **kwargs):
     return [float(len(completion[0]["content"])) for completion in completions]
 
 
+def failing_reward(completions, **kwargs):
+    if PartialState().is_last_process:
+        raise KeyError("no such answer")
+    return [0.0 for _ in completions]
+
+
+class FailingTeacher(Teacher):
+    """A user's own, which cannot say on the last rank whose a row is."""
+
+    names = ("anyone",)
+
+    def route(self, rows):
+        if PartialState().is_last_process:
+            raise KeyError("no such subject")
+        return [0 for _ in rows]
+
+    def per_token_logps(self, rollout):
+        return torch.full(rollout["completion_ids"].shape, -1.0)
+
+
+class BreakGradient(TrainerCallback):
+    """Puts NaN into what this rank has of a gradient in the second step."""
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 1:
+            gradients = [piece(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+            next(gradient for gradient in gradients if gradient.numel()).view(-1)[0] = float("nan")
+
+
+def break_loss(trainer: GNDPOTrainer) -> None:
+    compute = trainer._compute_loss
+    trainer._compute_loss = lambda model, inputs: (
+        compute(model, inputs) * (float("nan") if trainer.state.global_step == 1 else 1.0)
+    )
+
+
 def brief_all_but_the_longest(groups: list, fails: bool = False):
     """A `teacher_prompt_fn` that keeps what it saw of groups, in `groups`."""
 
@@ -113,16 +150,21 @@ def train(spec: dict) -> dict:
         load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_storage=torch.float32
     )
     groups, is_last = [], PartialState().is_last_process
+    broken = spec.get("broken") if is_last else None
+    reward = failing_reward if spec.get("fail") == "reward" else char_reward if spec.get("prompt_fn") else None
     fails = spec.get("fail") == "prompt_fn" and is_last
     trainer = GNDPOTrainer(
         model=spec["model"],
-        reward_funcs=char_reward if spec.get("prompt_fn") else None,
+        reward_funcs=reward,
         teacher_prompt_fn=brief_all_but_the_longest(groups, fails) if spec.get("prompt_fn") else None,
         teacher_model=(
             {"first": spec["teacher"], "second": LocalTeacher(spec["model"])}
             if spec.get("routed")
+            else FailingTeacher()
+            if spec.get("fail") == "route"
             else spec["teacher"]
         ),
+        callbacks=[BreakGradient()] if broken == "gradient" else None,
         args=config,
         train_dataset=Dataset.from_list(make_rows(*map(spec.get, ("images", "own_prompts", "routed")))),
         processing_class=processing_class,
@@ -130,6 +172,10 @@ def train(spec: dict) -> dict:
         peft_config=LoraConfig(r=4, target_modules=["q_proj", "v_proj"]) if spec.get("lora") else None,
         quantization_config=quantization_config if spec.get("lora") == "4bit" else None,
     )
+    if broken == "loss":
+        break_loss(trainer)
+    if spec.get("scaler"):  # which accelerate makes on accelerators alone
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
     fail = spec.get("fail") if is_last else None
     if fail == "teacher":
         score = trainer.teacher.score
@@ -181,6 +227,7 @@ def train(spec: dict) -> dict:
         "teacher_parameters": {"held": held, "whole": whole},
         "log_history": trainer.state.log_history,
         "global_step": trainer.state.global_step,
+        "skipped_steps": trainer.skipped_steps,
         "groups": groups,
         "has_generated": bool(advantages),
         "distributed_type": str(trainer.accelerator.distributed_type),

@@ -52,10 +52,43 @@ def test_a_rank_that_fails_brings_the_job_down_with_its_message(launch, accelera
 
 
 @pytest.mark.parametrize("accelerate_config", ["ddp"])
-def test_what_a_users_function_raises_on_one_rank_ends_the_others(launch, accelerate_config):
-    run = launch(accelerate_config, config={"per_device_train_batch_size": 2}, prompt_fn=True, fail="prompt_fn")
+@pytest.mark.parametrize(
+    "fail, words",
+    [
+        ("prompt_fn", "KeyError: 'no such brief'"),
+        ("reward", "KeyError: 'no such answer'"),
+        ("route", "KeyError: 'no such subject'"),
+    ],
+)
+def test_what_a_users_function_raises_on_one_rank_ends_the_others(launch, accelerate_config, fail, words):
+    config = {"per_device_train_batch_size": 2, "remove_unused_columns": False}
+    run = launch(accelerate_config, config=config, prompt_fn=fail == "prompt_fn", fail=fail)
     assert run.returncode != 0 and not run.reports
-    assert "ValueError: KeyError: 'no such brief'" in run.output  # of the other
+    assert f"ValueError: {words}" in run.output  # of the other
+
+
+@pytest.mark.parametrize("accelerate_config", ["zero2"])
+def test_deepspeed_ends_with_a_gradient_that_is_not_finite_on_one_rank(launch, accelerate_config):
+    run = launch(accelerate_config, config={**ADAMW, "max_steps": 3}, broken="loss")
+    assert run.returncode != 0 and not run.reports
+    assert run.output.count("ValueError: The gradient of step 2 is not finite, and DeepSpeed has applied it") >= 2
+    assert not (run.folder / "saved").exists()
+
+
+@pytest.mark.parametrize("accelerate_config", ["ddp", "zero2"])
+def test_ctrl_c_saves_a_checkpoint_on_all_ranks_and_ends(launch, accelerate_config):
+    config = {**ADAMW, "max_steps": 100_000, "save_strategy": "steps", "save_steps": 50_000}
+    job = launch.begin(accelerate_config, config={**config, "enable_jit_checkpoint": True}, save=None, last=True)
+    deadline = time.monotonic() + 300
+    while "score/mean" not in job.output:
+        assert job.process.poll() is None and time.monotonic() < deadline, job.output
+        time.sleep(0.5)
+    job.process.send_signal(signal.SIGINT)
+    assert job.process.wait(timeout=60) != 0
+    assert "KeyboardInterrupt: Ctrl-C ended the run after step" in job.output
+    (checkpoint,) = (job.folder / "out").glob("checkpoint-*")
+    assert len(list(checkpoint.glob("rng_state_*.pth"))) == 2 and (checkpoint / "trainer_state.json").exists()
+    assert not list(job.folder.glob("rank*.json")), job.output
 
 
 def mislead_once(server: StandInServer) -> None:
