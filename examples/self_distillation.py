@@ -73,8 +73,10 @@ def rewritten(prompts, trainer) -> dict[str, list]:
     """
     Samples a trace of the student for each prompt, and the teacher's rewriting of it, which is what is trained on.
 
-    The teacher, a model in the same process, scores its rewriting after the prompt that it wrote it for. In evaluation
-    the student's own traces are returned. Raises `ValueError` if ZeRO-3 or FSDP shards the models.
+    The teacher, a model in the same process, writes after the trace and scores after the student's prompt: what is wrong in a
+    trace it copies, and would then teach. A field `teacher_prompt` beside the others has it score after a prompt of its own,
+    such as the question with `CONCISE`, if it is wordy by itself. In evaluation the student's own traces are returned. Raises
+    `ValueError` if ZeRO-3 or FSDP shards the models.
     """
     if any(hasattr(weight, "ds_id") or isinstance(weight, DTensor) for weight in trainer.teacher.model.parameters()):
         raise ValueError(
@@ -88,8 +90,7 @@ def rewritten(prompts, trainer) -> dict[str, list]:
     if trainer.model.training:
         with trainer.teacher.on_device():
             _, completion_ids = sample(trainer.teacher.model, requests, trainer)
-    fields = {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
-    return {**fields, "teacher_prompt": requests}  # TRL puts further fields into the rows
+    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids, "logprobs": None}
 
 
 def sample(model, prompts, trainer) -> tuple[list[list[int]], list[list[int]]]:

@@ -2,12 +2,13 @@
 A tiny task for each recipe in `recipes/self_distillation/`: models and data are made here, trained and measured on a CPU.
 
     python examples/self_distillation_tasks.py compression --seed 0
+    python examples/self_distillation_tasks.py compression --seed 0 --estimator exact --name exact
 
 One student learns sums of three digits from scratch, in two languages. In English it adds well and talks too much. In
 Spanish half of its second sums are one too high. It also learns what the teachers' prompts ask of it: to be concise, to
 write in Spanish what it is told in English, to correct a draft that was checked, to follow a correct solution. The larger
-teacher of `mixed_policy` learns to rewrite wordy solutions. Everything goes to `--output_dir`; unknown options go to
-the training script.
+teacher of `mixed_policy` learns to rewrite wordy solutions. Everything goes to `--output_dir`, where data and models of a
+seed are kept for the next run; unknown options go to the training script, after those of the recipe, which they replace.
 """
 
 import argparse

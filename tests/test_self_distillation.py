@@ -74,11 +74,10 @@ def test_examples_say_what_they_should_and_survive_the_tokenizer():
     assert 0.4 < sum(spanish) / len(spanish) < 0.6
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
+def make_model(path: Path, seed: int) -> Path:
     """A model of the tasks' tokenizer with random weights."""
-    path, tokenizer = tmp_path_factory.mktemp("model"), tasks.build_tokenizer()
-    set_seed(0)
+    tokenizer = tasks.build_tokenizer()
+    set_seed(seed)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = Qwen3Config(vocab_size=len(tokenizer), num_key_value_heads=2, head_dim=16, **sizes)
     model = Qwen3ForCausalLM(config)
@@ -87,6 +86,16 @@ def model(tmp_path_factory) -> Path:
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     return path
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("student"), seed=0)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    return make_model(tmp_path_factory.mktemp("teacher"), seed=1)
 
 
 def test_there_is_a_recipe_for_each_task():
@@ -109,23 +118,34 @@ def verbose_reward(completions, **kwargs):
     return [float("plus" in completion[0]["content"]) for completion in completions]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-def test_a_few_steps(model, tmp_path, monkeypatch, recipe):
-    monkeypatch.chdir(ROOT)  # functions are found from there
+def train(recipe: str, student: Path, teacher: Path, folder: Path, num_steps: int, **options) -> list[dict]:
+    """Logs of the steps of a recipe on its tiny task."""
     data = tasks.build_data(recipe, seed=0)
     data["train"] = data["train"].select(range(32))
-    data.save_to_disk(tmp_path / "data")
-    command = tasks.tiny_command(recipe, model, model, tmp_path / "data", tmp_path / "out", seed=0)
+    data.save_to_disk(folder / "data")
     # No random model is right: what it is rewarded for here, some of its completions have.
-    command += ["--max_steps", "2", "--logging_steps", "1", "--per_device_train_batch_size", "16"]
-    command += ["--max_completion_length", "24", "--reward_funcs", f"{__name__}.verbose_reward"]
+    options |= {"max_steps": num_steps, "logging_steps": 1, "per_device_train_batch_size": 16}
+    options |= {"max_completion_length": 24, "reward_funcs": f"{__name__}.verbose_reward"}
+    command = tasks.tiny_command(recipe, student, teacher, folder / "data", folder / "out", seed=0)
+    command += [str(part) for key, value in options.items() for part in (f"--{key}", value)]
     script.main(*script.parse_arguments(command))
+    log = json.loads((folder / "out/trainer_state.json").read_text())["log_history"]
+    return [entry for entry in log if "loss" in entry]
 
-    log = json.loads((tmp_path / "out/trainer_state.json").read_text())["log_history"]
-    steps = [entry for entry in log if "loss" in entry]
+
+@pytest.mark.parametrize("is_other_form", [False, True])
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_few_steps(student, teacher, tmp_path, monkeypatch, recipe, is_other_form):
+    monkeypatch.chdir(ROOT)  # functions are found from there
+    settings = yaml.safe_load((tasks.RECIPES / f"{recipe}.yaml").read_text())
+    form = {"estimator": settings.get("estimator", "sampled")}
+    if is_other_form:
+        form = {"estimator": "exact" if form["estimator"] == "sampled" else "sampled"}
+        if settings.get("reward_coef"):  # refuses "exact"
+            form = {"estimator": "sampled", "score_baseline": "expected"}
+    steps = train(recipe, student, teacher, tmp_path, num_steps=2, **form)
     assert [entry["step"] for entry in steps] == [1, 2]
     assert all(entry["score/std"] > 0 for entry in steps)
-    settings = yaml.safe_load((tasks.RECIPES / f"{recipe}.yaml").read_text())
     shares = [entry.get("teacher/own_prompts") for entry in steps]
     if recipe == "self_supervised":  # the longest wrong one of a group of eight, where one is right
         assert all(0 < share <= 1 / 8 for share in shares)
@@ -133,6 +153,17 @@ def test_a_few_steps(model, tmp_path, monkeypatch, recipe):
         assert all(0 < share <= 1 for share in shares)
     else:
         assert shares == [1.0 if "teacher_prompt_fn" in settings else None] * 2
+    is_sampled = form == {"estimator": "sampled"}
     for entry in steps:
+        assert ("score/expected" in entry) != is_sampled
+        assert entry.get("score/expected", -1) < 0  # minus a divergence
+        # The exact form is normalized by the moments of whole distributions, not by those of the sampled tokens.
         is_whitened = entry["advantages/std"] == pytest.approx(1, abs=1e-3)
-        assert is_whitened == (settings["advantage_normalization"] == "global")
+        assert is_whitened == (settings["advantage_normalization"] == "global" and is_sampled)
+
+
+def test_the_teacher_scores_its_rewriting_after_the_question(student, tmp_path, monkeypatch):
+    """A teacher that is the student has nothing to say there, whatever it has read to write."""
+    monkeypatch.chdir(ROOT)
+    (step,) = train("mixed_policy", student, student, tmp_path, num_steps=1)
+    assert max(step["score/max"], -step["score/min"]) < 1e-4
