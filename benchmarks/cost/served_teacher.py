@@ -102,7 +102,8 @@ def measure(**teacher) -> dict[str, float]:
         "received": sum(response.num_bytes_downloaded for response in responses),
     }
     names = {"step": "step_time", "teacher": "time/teacher_scoring", "student": "time/student_scoring"}
-    seconds = {name: median(entry[key] for entry in history) for name, key in names.items()}
+    # Where the loss reads the student, there is no scoring of it.
+    seconds = {name: median(entry.get(key, 0.0) for entry in history) for name, key in names.items()}
     return {**seconds, **{name: number / num_tokens for name, number in num_bytes.items()}}
 
 
