@@ -228,6 +228,7 @@ class GNDPOTrainer(SequenceTokenMixin, OnePassMixin, QuestionsMixin, BatchLogsMi
         # Whitened over all valid tokens of the generation batch, on all ranks and in all accumulation steps.
         population = self._population_of(mode, batch.rows)
         advantages, moments = self.estimator.advantages(scores, reading, mask, population)
+        check_advantages(self.estimator, advantages, moments, mask)
         # TRL's loss takes them in the place of the rewards' advantages, one for each completion.
         rollout.update(self.estimator.for_the_loss(rollout, reading, moments))
         rollout["advantages"] = self.mix(advantages, rollout["advantages"], valid_tokens(rollout))
@@ -261,6 +262,25 @@ class GNDPOTrainer(SequenceTokenMixin, OnePassMixin, QuestionsMixin, BatchLogsMi
         for scorer in self._scorers:
             scorer.load_state(folder)
         self.estimator.load_state(folder)
+
+
+def check_advantages(
+    estimator: Estimator, advantages: torch.Tensor, moments: torch.Tensor | None, mask: torch.Tensor
+) -> None:
+    """Raise where an estimator's advantages are none for these tokens, which broadcasting would hide."""
+    expected = {"advantages": (advantages, mask.shape), "moments": (moments, (len(mask), 3))}
+    for name, (values, shape) in expected.items():
+        if values is not None and values.shape != shape:
+            raise ValueError(
+                f"{type(estimator).__name__}.advantages returned {name} of shape {tuple(values.shape)}, for a batch that needs "
+                f"{tuple(shape)}. Return (advantages, moments) as `Estimator.advantages` describes."
+            )
+    with raised_on_all_ranks():
+        if not (advantages.isfinite() | ~mask).all():
+            raise ValueError(
+                f"{type(estimator).__name__}.advantages returned NaN or infinity for a valid token, of scores that are finite. "
+                "Look at what it divides by."
+            )
 
 
 def population_of(args: GNDPOConfig, teacher: Teacher) -> Population:

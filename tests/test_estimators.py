@@ -94,3 +94,24 @@ def test_mistaken_estimators_are_named(make_trainer):
     # It would read the models of the second trainer in the steps of the first.
     with pytest.raises(ValueError, match=r"`estimator` \(SmoothClamp\) belongs to another trainer"):
         make_trainer(trainer_options={"estimator": estimator})
+
+
+@pytest.mark.parametrize(
+    "make_advantages, message",
+    [
+        (
+            lambda scores: scores.raw.sum(-1),
+            r"Mistaken.advantages returned advantages of shape \(8,\), .* needs \(8, \d+\)",
+        ),
+        (lambda scores: scores.raw / 0.0, "Mistaken.advantages returned NaN or infinity for a valid token"),
+    ],
+    ids=["one for a completion", "divided by zero"],
+)
+def test_advantages_that_are_none_are_refused(make_trainer, make_advantages, message):
+    class Mistaken(Sampled):
+        def advantages(self, scores, reading, mask, population):
+            return make_advantages(scores), None
+
+    trainer = make_trainer(trainer_options={"estimator": Mistaken()}, per_device_train_batch_size=8)
+    with pytest.raises(ValueError, match=message):
+        make_rollout(trainer)

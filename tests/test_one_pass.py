@@ -95,6 +95,8 @@ def test_in_float64_it_is_the_same_to_twelve_digits(make_trainer, checkpoints, o
         {"score_clip": 0.05, "importance_sampling_level": "sequence_token"},
         {"mask_truncated_completions": True},
         {"teacher_offload": True},
+        {"teacher_top_k": 4, "teacher_offload": True},
+        {"teacher_top_k": 4},
     ],
     ids=lambda more: ", ".join(more),
 )
