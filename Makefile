@@ -27,7 +27,7 @@ quick: $(VENV)/.installed
 
 # Thousands of configurations and rows, other ones each time.
 fuzz: $(VENV)/.installed
-	FUZZ=nightly $(PYTEST) tests/fuzz tests/test_numbers.py
+	FUZZ=nightly $(PYTEST) tests/fuzz tests/test_precision.py
 
 check: $(VENV)/.installed
 	$(VENV)/bin/ruff check
