@@ -28,7 +28,7 @@ quick: $(VENV)/.installed
 
 # Thousands of configurations and rows, other ones each time.
 fuzz: $(VENV)/.installed
-	FUZZ=nightly $(PYTEST) tests/fuzz tests/test_numbers.py
+	FUZZ=nightly $(PYTEST) tests/fuzz tests/test_precision.py
 
 # Goes on where it was cut off; `rm -r build/faults` begins again.
 faults: $(VENV)/.installed
