@@ -85,6 +85,8 @@ class Started:
             if time.monotonic() > deadline:
                 for rank, pid in enumerate(self.pids):
                     if rank not in codes:
+                        os.kill(pid, signal.SIGUSR1)
+                        time.sleep(0.5)
                         self.faults.end(pid)
                         codes[rank] = None
             time.sleep(0.02)

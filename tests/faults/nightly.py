@@ -186,6 +186,7 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=240)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending what it has started
     record = ROOT / "build" / "faults" / "points.jsonl"
     record.parent.mkdir(parents=True, exist_ok=True)
     lines = record.read_text().splitlines() if record.exists() else []

@@ -18,6 +18,7 @@ A specification holds
 """
 
 import ctypes
+import faulthandler
 import functools
 import importlib.metadata
 import json
@@ -225,6 +226,7 @@ def be_child(command: dict) -> None:
         os.environ.update(
             MASTER_ADDR="localhost", MASTER_PORT=str(spec["port"]), LOCAL_WORLD_SIZE=str(spec["world_size"])
         )
+    faulthandler.register(signal.SIGUSR1)  # says where a run hangs
     code = 1
     try:
         if "serve" in command:
