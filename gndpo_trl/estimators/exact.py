@@ -70,11 +70,13 @@ class Exact(WholeVocabulary):
         if "score_moments" not in inputs:
             return super().head_reader(inputs)
         if not self.heads:  # the run goes on from a checkpoint
-            self.heads = self.saved_heads
-            if not self.heads or None in self.heads:
-                found = self.models.teacher_states(one_token(inputs, self.teacher.names)).heads
-                saved = self.saved_heads or [None] * len(found)
-                self.heads = [then or now for then, now in zip(saved, found, strict=True)]
+            names = self.teacher.names
+            saved = self.saved_heads or [None] * max(len(names), 1)
+            if None in saved:
+                missing = tuple(name for name, head in zip(names, saved, strict=bool(names)) if head is None)
+                found = self.models.teacher_states(one_token(inputs, missing)).heads
+                saved = [then or now for then, now in zip(saved, found, strict=True)]
+            self.heads = saved
         return partial(self._expected_advantage, inputs)
 
     def advantages_in_loss(self, logps, inputs):
