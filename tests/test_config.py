@@ -5,6 +5,7 @@ import re
 import textwrap
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -185,3 +186,56 @@ def test_the_first_examples_show_the_method():
     for code in (first, after, docstring):
         (config,) = configs_in(code)
         assert config.generation_batch_size / config.num_generations >= 8
+
+
+def test_texts_lists_and_dictionaries_are_checked_as_numbers_are(make_config):
+    """A recipe's slip of one line: a dtype in the place of arguments, one number for a list of them."""
+    options = {
+        "model_init_kwargs": "float32",
+        "teacher_model_init_kwargs": "bf16",
+        "teacher_server_url": 3,
+        "reward_weights": "1.0",
+        "eval_strategy": "never",
+        "score_clip": -1.0,
+    }
+    with pytest.raises(ValueError, match="6 settings cannot be so") as error:
+        make_config(**options)
+    for name, value in options.items():
+        assert f"`{name}` is {value!r}" in str(error.value)
+
+
+def test_paths_and_other_types_that_are_meant_are_taken(make_config, tmp_path):
+    config = make_config(
+        output_dir=tmp_path, teacher_server_url="http://one:8000", scale_rewards=False, reward_weights=(1,)
+    )
+    assert config.output_dir == str(tmp_path) and config.scale_rewards == "none"
+
+    @dataclasses.dataclass
+    class Own(GNDPOConfig):
+        anything: Any = None
+
+    assert Own("out", use_cpu=True, bf16=False, anything=object).anything is object
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"generation_batch_size": 6}, r"`generation_batch_size` is 6, but has to be divisible by `per_device_train"),
+        ({"generation_batch_size": 8, "steps_per_generation": 2}, "each follows from the other"),
+        ({"save_strategy": "steps", "save_steps": 0}, "`save_steps` is 0. Give a positive integer, or a share"),
+        ({"logging_steps": 2.5}, "`logging_steps` is 2.5"),
+        ({"load_best_model_at_end": True, "metric_for_best_model": "kl"}, '`eval_strategy` is "no". Set that to'),
+        ({"fp16": True}, "`fp16` is True, but a CPU"),
+        ({"optim": "paged_lion_64bit"}, "`optim` is 'paged_lion_64bit'. Choose one of"),
+        ({"optim_args": "momentum"}, "`optim_args` 'momentum', which cannot be made"),
+        ({"lr_scheduler_type": "cosine", "lr_scheduler_kwargs": {"cycles": 2}}, "'cosine' does not take"),
+        ({"dataloader_persistent_workers": True}, "`dataloader_num_workers` is 0. Raise the latter"),
+        (
+            {"accelerator_config": {"a": 1}},
+            r"TypeError: .*'a'.*Look at what is set: .*`accelerator_config` \(\{'a': 1\}\)",
+        ),
+    ],
+)
+def test_what_the_libraries_would_refuse_is_said_with_its_field(make_config, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**options)

@@ -135,7 +135,7 @@ def type_problems(args: GRPOConfig) -> dict[str, str]:
         kinds += args._also_of.get(name, ())
         value = getattr(args, name)
         if not any(is_of(value, kind) for kind in kinds):
-            wanted = " or ".join(dict.fromkeys(words_for(kind, name) for kind in kinds))
+            wanted = " or ".join(dict.fromkeys(words_for(kind) for kind in kinds))
             problems[name] = f"`{name}` is {short(value)} ({type(value).__name__}), but has to be {wanted}."
         elif isinstance(value, str) and dict in map(origin, kinds):
             refusal = json_refusal(name, value)
@@ -150,7 +150,9 @@ def origin(kind: Any) -> Any:
 
 def is_of(value: Any, kind: Any) -> bool:
     """Whether a value is of a type as a field has it: a class, a list or dictionary of something, some values."""
-    if kind in (type(None), None):
+    if kind is Any:
+        return True
+    if kind is type(None):
         return value is None
     if kind is bool:
         return isinstance(value, bool | int) and value in (0, 1)
@@ -168,7 +170,7 @@ def is_of(value: Any, kind: Any) -> bool:
     return not isinstance(kind, type) or isinstance(value, kind)
 
 
-def words_for(kind: Any, name: str) -> str:
+def words_for(kind: Any) -> str:
     if origin(kind) is list:
         items = typing.get_args(kind)
         return "a list" + (f" of {({str: 'texts', float: 'numbers'}).get(items[0], 'them')}" if items else "")

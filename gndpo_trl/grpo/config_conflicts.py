@@ -70,11 +70,9 @@ def ranks_of_launch() -> int:
 
 def strategy_conflicts(args: GRPOConfig) -> Iterator[str]:
     """When a run logs, evaluates and saves."""
-    steps = {"logging": args.logging_steps, "save": args.save_steps}
-    if args.eval_strategy == "steps":
-        steps["eval"] = args.eval_steps or args.logging_steps
+    steps = {"logging": args.logging_steps, "save": args.save_steps, "eval": args.eval_steps or args.logging_steps}
     for kind, number in steps.items():
-        if getattr(args, f"{kind}_strategy") != "steps" and not math.isnan(number):
+        if getattr(args, f"{kind}_strategy") != "steps":
             continue
         if not 0 < number < math.inf or number > 1 and number != int(number):
             yield (
@@ -93,21 +91,18 @@ def strategy_conflicts(args: GRPOConfig) -> Iterator[str]:
                 'Set that to "steps" or "epoch", or take another schedule.'
             )
     elif args.load_best_model_at_end and args.save_strategy != "best":
-        save, evaluate = args.save_steps, steps.get("eval")
+        save, evaluate = (
+            round(1e6 * number) if math.isfinite(number) else 0 for number in (steps["save"], steps["eval"])
+        )
         if args.save_strategy != args.eval_strategy:
             yield (
                 f'`load_best_model_at_end` is True, but `save_strategy` is "{plain(args.save_strategy)}" and `eval_strategy` '
                 f'"{plain(args.eval_strategy)}": the best model may be one that is not saved. Make them the same.'
             )
-        elif (
-            evaluate
-            and save > 0
-            and math.isfinite(save / evaluate)
-            and round(save * 1e6) % max(1, round(evaluate * 1e6))
-        ):
+        elif args.eval_strategy == "steps" and evaluate and save % evaluate:
             yield (
-                f"`save_steps` is {save} and `eval_steps` {evaluate}, but with `load_best_model_at_end` what is saved has to be "
-                "evaluated. Make `save_steps` a multiple of `eval_steps`."
+                f"`save_steps` is {args.save_steps} and `eval_steps` {args.eval_steps}, but with `load_best_model_at_end` what is "
+                "saved has to be evaluated. Make `save_steps` a multiple of `eval_steps`."
             )
 
 
