@@ -133,7 +133,7 @@ def warn_on_level(args: Any) -> None:
 def estimator_problems(args: Any) -> Iterator[str]:
     if args.use_sampling_logps and args.vllm_importance_sampling_correction:
         yield (
-            "`use_sampling_logps` saves the student's scoring pass, and `vllm_importance_sampling_correction` needs "
+            "`use_sampling_logps` is True and saves the student's scoring pass, and `vllm_importance_sampling_correction` needs "
             "it. Switch one of them off."
         )
     if args.score_baseline is None and args.estimator == "sampled":
@@ -178,7 +178,7 @@ def sampling_statistics_problems(args: Any) -> Iterator[str]:
     generate_every = args.steps_per_generation * args.num_iterations
     if args.use_sampling_logps and args.gradient_accumulation_steps % generate_every != 0:
         yield (
-            f"`use_sampling_logps` needs one optimizer step per generation batch, but `steps_per_generation` "
+            f"`use_sampling_logps` is True and needs one optimizer step per generation batch, but `steps_per_generation` "
             f"({args.steps_per_generation}) × `num_iterations` ({args.num_iterations}) is more than "
             f"`gradient_accumulation_steps` ({args.gradient_accumulation_steps}): later steps have to know the "
             "log-probs of the student that sampled. Switch it off, or raise `gradient_accumulation_steps`."

@@ -71,6 +71,7 @@ def assert_in_our_words(text: str, options: dict) -> None:
 @example({"dataloader_persistent_workers": True})
 @example({"distillation_coef": 0.0})
 @example({"auto_find_batch_size": 1})
+@example({"use_sampling_logps": True, "generation_batch_size": 16})
 @example({"advantage_normalization": []})
 @example({"lr_scheduler_type": "cosine_with_restarts", "lr_scheduler_kwargs": {"num_cycle": 2}})
 @example({"optim": "galore_adamw"})
