@@ -41,6 +41,8 @@ def pytest_xdist_make_scheduler(config, log):
     # Not by pytest-xdist's marks: its 3.8 ignores them silently under pytest 9.2.
     class LaunchScheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
+            if "faults/" in nodeid:  # they share a process that has imported everything
+                return "faults"
             launched = re.search(r"distributed/.*\[.*?(ddp|fsdp2|zero\d)", nodeid)
             return launched[1] if launched else nodeid
 

@@ -106,6 +106,9 @@ class CheckpointMixin:
                     "go on with `resume_from_checkpoint=True`."
                 ) from reason
             except KeyboardInterrupt as interrupt:
+                for callback in self.callback_handler.callbacks:
+                    if getattr(callback, "training_bar", None) is not None:
+                        callback.training_bar.close()  # which would be drawn again after the last words
                 raise KeyboardInterrupt(self._what_is_left()) from interrupt
         ended_by = None if self._on_signal is None else self._on_signal.ended_by
         if ended_by is not None and not self._is_done():

@@ -10,7 +10,6 @@ of the run that nothing befell, bit for bit, and to have read the same prompts. 
 import argparse
 import json
 import random
-import re
 import signal
 import sys
 import tempfile
@@ -114,7 +113,7 @@ def befall(faults: Faults, variant: Variant, folder: Path, fault: dict, step: in
         # It may be over by then; or not have begun, when SIGTERM has its usual meaning.
         if {*ended.codes} - {0, None, expected, -number} and variant.world_size == 1:
             return ended, f"it ended with {ended.codes}: {ended.output[-2000:]}"
-        if fault["jit"] and {*ended.codes} & {expected} and "not finished" not in ended.output:
+        if fault["jit"] and ended.steps and {*ended.codes} & {expected} and "not finished" not in ended.output:
             return ended, f"it did not say that it is not finished: {ended.output[-2000:]}"
         return ended, ""
     on_rank = fault["rank"]
@@ -158,19 +157,31 @@ def try_point(faults: Faults, variant: Variant, kind: str, draw: random.Random) 
     }
 
 
+COLUMNS = ("killed in a step", "killed at a file operation", "disk full", "read-only", "SIGTERM", "Ctrl-C")
+
+
+def column(kind: str) -> str:
+    if kind == "killed in the middle of a write":
+        return "killed at a file operation"
+    return next(name for name in COLUMNS if kind.startswith(name))
+
+
 def table(points: list[dict]) -> str:
+    """How often each kind of run went on exactly, of the times that something befell it."""
+    befallen = [point for point in points if point["has_befallen"]]
+    groups: dict[str, list[dict]] = {}
+    for point in befallen:
+        groups.setdefault(point["variant"], []).append(point)
     lines = [
-        "| what was trained | what befell it | times | went on exactly | steps made again, at most |",
-        "|---|---|---|---|---|",
+        f"| what was trained | {' | '.join(COLUMNS)} | steps made again, at most |",
+        "|---" * (len(COLUMNS) + 2) + "|",
     ]
-    groups: dict[tuple[str, str], list[dict]] = {}
-    for point in points:
-        if point["has_befallen"]:
-            kind = re.sub("^killed.*write$|^killed.*operation$", "killed at a file operation", point["kind"])
-            groups.setdefault((point["variant"], kind.split(",")[0]), []).append(point)
-    for (variant, kind), group in sorted(groups.items()):
-        exact = sum(not point["wrong"] for point in group)
-        lines.append(f"| {variant} | {kind} | {len(group)} | {exact} | {max(point['again'] for point in group)} |")
+    for name, group in [*sorted(groups.items()), ("all", befallen)]:
+        cells = []
+        for kind in COLUMNS:
+            wrong = [bool(point["wrong"]) for point in group if column(point["kind"]) == kind]
+            cells.append(f"{wrong.count(False)} of {len(wrong)}" if wrong else "")
+        lines.append(f"| {name} | {' | '.join(cells)} | {max(point['again'] for point in group)} |")
     return "\n".join(lines)
 
 

@@ -217,6 +217,7 @@ def train(spec: dict) -> None:
 def be_child(command: dict) -> None:
     spec = command.get("run") or command["serve"]
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell has what it starts in the background ignore it
     log = os.open(spec["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(log, 1)
