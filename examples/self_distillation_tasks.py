@@ -288,6 +288,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--seed", type=int, default=0, help="seed of the data, the models and the training")
+    parser.add_argument("--estimator", choices=("sampled", "exact"), help="instead of what the recipe has")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/self_distillation"))
     parser.add_argument("--name", default="trained", help="name of the run, to tell several of a task apart")
     args, options = parser.parse_known_args()
@@ -312,6 +313,8 @@ def main() -> None:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "1", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
     command = tiny_command(args.task, student, teacher, data, output_dir, seed)
+    if args.estimator is not None:
+        command += ["--estimator", args.estimator]
     subprocess.run([*launch, str(ROOT / "examples" / "train_gndpo.py"), *command, *options], cwd=ROOT, check=True)
     after = measure(output_dir, split)
     summary = {"task": args.task, "seed": seed, "before": before, "after": after}
