@@ -1,5 +1,5 @@
 """
-Faults at many points of many kinds of runs: `make faults`, or `python tests/faults/nightly.py [--points 240] [--seed 0]`.
+Faults at many points of many kinds of runs: `make faults`, or `python tests/faults/nightly.py [--points 270] [--seed 0]`.
 
 Each point is a run that something befalls once, or twice, and that is resumed until it is over. It has to end in the weights
 of the run that nothing befell, bit for bit, and to have read the same prompts. What came of each point is a line in
@@ -194,7 +194,7 @@ def write_table(points: list[dict]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("--points", type=int, default=240)
+    parser.add_argument("--points", type=int, default=270)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # not without ending what it has started
