@@ -71,6 +71,24 @@ def test_the_same_layout_goes_on_without_a_word(make_trainer, saved, recwarn):
     assert not [warning for warning in recwarn if "completions" in str(warning.message)]
 
 
+@pytest.mark.parametrize("family", ["qwen3", "internvl", "qwen25vl"])
+def test_weights_that_are_saved_under_other_names_are_loaded(make_trainer, tmp_path, family):
+    """Of a run that goes on, and of the best model: transformers would have left them as they are."""
+    options = {"save_strategy": "steps", "save_steps": 1, "learning_rate": 1e-2}
+    whole = make_trainer(family, output_dir=str(tmp_path / "whole"), max_steps=3, **options)
+    whole.train()
+    parts = make_trainer(family, output_dir=str(tmp_path / "parts"), max_steps=3, **options)
+    parts.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    for (name, found), expected in zip(parts.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(found, expected), name
+
+    start = make_trainer(family, **options)
+    start.state.best_model_checkpoint = str(tmp_path / "whole" / "checkpoint-3")
+    start._load_best_model()
+    for (name, found), expected in zip(start.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(found, expected), name
+
+
 class Interrupt(TrainerCallback):
     """Ctrl-C after the third step, once."""
 

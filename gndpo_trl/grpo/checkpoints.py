@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from accelerate.logging import get_logger
-from accelerate.utils import gather_object, is_peft_model
+from accelerate.utils import gather_object
 from torch.serialization import default_restore_location
 from transformers import TrainerState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -82,7 +82,6 @@ class CheckpointMixin:
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        keep_checkpoint_names(self.model)
         if self.args.enable_jit_checkpoint:
             self._on_signal = AgreedJITCheckpointCallback()
             self._on_signal.jit_manager = self.pop_callback(JITCheckpointCallback).jit_manager
@@ -403,15 +402,3 @@ def last_whole_checkpoint(output_dir: str) -> str:
         f"`resume_from_checkpoint` is True, but `output_dir` ({output_dir}) has no whole checkpoint. Unset it to start "
         "from the beginning, or name the folder of a checkpoint."
     )
-
-
-def keep_checkpoint_names(model: torch.nn.Module) -> None:
-    """
-    Make a model save its weights under the names that they were loaded from.
-
-    Under ZeRO-3, transformers 5.23 remembers all renamings of weights that it might have needed to load a model, and
-    undoes them when it saves: the text weights of image-text checkpoints then get names that only it can read.
-    """
-    model = model.get_base_model() if is_peft_model(model) else model
-    if getattr(model, "_weight_conversions", None) is not None:
-        model._weight_conversions = [change for change in model._weight_conversions if change.was_used()]

@@ -19,6 +19,7 @@ from .real_tokens import RealTokensMixin
 from .routers import check_routers
 from .row_checks import RowsSeen, check_length, open_rows, positions_of
 from .sampling import SamplingMixin
+from .saved_names import SavedNamesMixin
 from .step_progress import StepProgressMixin
 from .trained_weights import check_adapter, check_trains
 from .vllm import VLLMMixin
@@ -33,6 +34,7 @@ class ExtendedGRPOTrainer(
     CompletionTablesMixin,
     RewardsTogetherMixin,
     CheckpointMixin,
+    SavedNamesMixin,
     GRPOTrainer,
     EvaluationLogsMixin,
 ):

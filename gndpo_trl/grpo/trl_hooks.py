@@ -89,6 +89,10 @@ OVERRIDDEN_METHODS = {
     "log": ("self", "logs", "start_time"),
     # Called once when a run resumes, before the first micro-batch; the trainer's state is there by then.
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
+    # Load the weights of a folder by name into `self.model`, and hand what did not fit to the third.
+    "_load_from_checkpoint": ("self", "resume_from_checkpoint", "model"),
+    "_load_best_model": ("self",),
+    "_issue_warnings_after_load": ("self", "load_result"),
     # Called for the data loader of a run, before that. Its `RepeatSampler` draws a permutation of `num_samples` from its
     # `generator` whenever it is iterated over, which is once in an epoch.
     "_get_train_sampler": ("self", "dataset"),
