@@ -178,3 +178,8 @@ def test_what_has_no_use_for_it_is_refused(make_trainer, checkpoints):
         ValueError, match="`teacher_top_k` is set, but `teacher_model` is a LocalTeacher, which decides that"
     ):
         make_trainer(teacher_model=LocalTeacher(checkpoints["qwen3-teacher"]), teacher_top_k=4)
+
+
+def test_tokens_that_nobody_looks_at_are_not_asked_for(make_trainer):
+    with pytest.raises(ValueError, match="`teacher_top_k` is 4, but the sampled token is all that is looked at"):
+        make_trainer(teacher_top_k=4)

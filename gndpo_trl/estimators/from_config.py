@@ -25,7 +25,7 @@ def get_estimator(
 
     Raises:
         `TypeError`: if it is none.
-        `ValueError`: if it is given twice, or belongs to another trainer already.
+        `ValueError`: if it is given twice, belongs to another trainer already, or does not look at what is asked for.
     """
     defaults = {"estimator": "sampled", "score_baseline": None, "use_sampling_logps": False}
     if estimator is not None:
@@ -58,6 +58,11 @@ def get_estimator(
         )
     if args.score_baseline is not None:
         return Baseline(args.score_clip, f"`score_baseline` is {args.score_baseline!r}")
+    if args.teacher_top_k is not None:
+        raise ValueError(
+            f"`teacher_top_k` is {args.teacher_top_k}, but the sampled token is all that is looked at. Set "
+            '`estimator="exact"` or `score_baseline="expected"`, or unset it.'
+        )
     if args.use_sampling_logps:
         return SamplerStatistics(score, population, mix)
     if args.advantage_normalization == "none":
