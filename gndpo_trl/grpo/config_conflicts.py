@@ -13,6 +13,7 @@ from accelerate.utils import get_int_from_env
 from transformers import Trainer, get_scheduler
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
+from transformers.utils import is_torch_bf16_gpu_available, is_torch_xla_available
 from trl import GRPOConfig
 
 from .evaluation_logs import WAITING_SCHEDULES
@@ -111,6 +112,14 @@ def precision_conflicts(args: GRPOConfig) -> Iterator[str]:
         yield "`fp16` and `bf16` are both True. Set one of them to False."
     if args.fp16 and not args.bf16 and (args.use_cpu or not torch.accelerator.is_available()):
         yield "`fp16` is True, but a CPU trains in bf16 or float32 alone. Set `fp16` to False, and `bf16` to True or False."
+    has_bf16 = args.use_cpu or is_torch_bf16_gpu_available() or is_torch_xla_available()
+    for name in ("bf16", "bf16_full_eval"):
+        value = getattr(args, name)
+        if not has_bf16 and (value or name == "bf16" and value is None and not args.fp16):
+            yield (
+                f"`{name}` is {value!r}, but there is no accelerator here that computes in bfloat16. Set it to False, or "
+                "`use_cpu` to True to train on the CPU."
+            )
     if args.fp16_full_eval and args.bf16_full_eval:
         yield "`fp16_full_eval` and `bf16_full_eval` are both True. Set one of them to False."
     if args.tf32 and not (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 8):

@@ -77,6 +77,7 @@ def assert_in_our_words(text: str, options: dict) -> None:
 @example({"optim": "galore_adamw"})
 @example({"optim_args": "momentum"})
 @example({"reward_weights": "1.0"})
+@example({"bf16": None, "use_cpu": False})
 def test_a_configuration_is_built_or_says_what_is_wrong(options):
     text = refusal(GNDPOConfig, options)
     if text is not None:
