@@ -588,7 +588,7 @@ def test_teachers_without_a_distribution_are_refused(make_trainer, options, fiel
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"score_baseline": "mean"}, "`score_baseline` is 'mean'. Choose None or 'expected'"),
+        ({"score_baseline": "mean"}, "`score_baseline` is 'mean'. Choose None or one of 'expected'"),
         ({"estimator": "topk"}, "`estimator` is 'topk'. Choose one of 'sampled', 'exact'"),
         (BOTH["exact"] | {"beta": 0.1}, "`beta` is 0.1, which does not go with"),
         (BOTH["exact"] | {"importance_sampling_level": "token"}, '`importance_sampling_level` is .*"sequence_token"'),

@@ -177,7 +177,7 @@ def test_a_truncated_sampler_is_named_before_the_first_step(make_trainer):
     "options, names",
     [
         ({}, []),
-        ({"top_k": -1, "min_p": 0.0, "generation_kwargs": {"top_p": 1.0, "suppress_tokens": [3]}}, []),
+        ({"top_k": 0, "min_p": 0.0, "generation_kwargs": {"top_p": 1.0, "suppress_tokens": [3]}}, []),
         ({"top_k": 3, "min_p": 0.3, "repetition_penalty": 1.1}, ["`top_k` (3)", "`min_p`", "`repetition_penalty`"]),
         ({"top_p": 0.5, "generation_kwargs": {"top_p": 1.0, "typical_p": 0.9}}, ["`typical_p` (0.9)"]),
         ({"temperature": 0.7, "generation_kwargs": {"temperature": 1.0}}, ["`temperature` (1.0)"]),

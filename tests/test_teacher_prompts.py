@@ -279,7 +279,7 @@ def test_columns_that_would_be_lost_or_could_not_be_read_are_refused(
     with pytest.raises(ValueError, match="23 of 24 rows of `train_dataset` have neither .* the first is row 1"):
         make(Dataset.from_list(rows), "internvl")
     text = [{**row, "teacher_prompt": "one"} for row in image_dataset]
-    with pytest.raises(ValueError, match="`teacher_prompt` with images is text. Write it as messages"):
+    with pytest.raises(ValueError, match="`teacher_prompt`: the prompt is text, but has pictures"):
         make_rollout(make(Dataset.from_list(text), "internvl"))
     parts = [{"type": "image"}, {"type": "image"}, {"type": "image"}, {"type": "text", "text": "one"}]
     many = IterableDataset.from_generator(

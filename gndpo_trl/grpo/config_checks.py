@@ -213,7 +213,8 @@ def choice_problems(args: GRPOConfig) -> Iterator[str]:
             CHOICES.get(field.name) or field.metadata.get("choices") or [item.value for kind in enums for item in kind]
         )
         if choices and value is not None and value not in choices and field.name not in SEVERAL:
-            yield f"`{field.name}` is {short(value)}. Choose one of {', '.join(map(repr, choices))}."
+            others = "None or one" if field.default is None else "one"
+            yield f"`{field.name}` is {short(value)}. Choose {others} of {', '.join(map(repr, choices))}."
     for name, choices in SEVERAL.items():
         value = getattr(args, name)
         texts = ([value] if name == "report_to" else value.split()) if isinstance(value, str) else value or ()

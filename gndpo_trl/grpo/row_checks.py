@@ -146,7 +146,7 @@ class RowsSeen:
                 f"{where}: the prompt is text, but has pictures, which TRL places in messages. Write it as `[{{'role': 'user', "
                 "'content': ...}]`, without a chat template around it."
             )
-        for text in texts_of(prompt):
+        for text in texts_of(prompt) if is_students else ():  # a teacher's prompts have such words as text
             for token in MARKERS.findall(text):
                 self.markers.setdefault(token, where)
         if is_students and not others and not pictures:
