@@ -81,7 +81,8 @@ class StandInServer(ThreadingHTTPServer):
             return 200, {"data": self.cards}
         if path == "/detokenize":
             return 200, {"prompt": self.tokenizer.decode(body["tokens"])}
-        wanted = body.get("sampling_params", body).get("prompt_logprobs")
+        asked = body or {}
+        wanted = asked.get("sampling_params", asked).get("prompt_logprobs")
         if wanted is not None and wanted > self.max_logprobs:
             return 400, {
                 "error": {"message": f"Requested prompt logprobs of {wanted}, max allowed: {self.max_logprobs}"}
