@@ -150,7 +150,10 @@ def test_resuming_ends_in_the_weights_of_the_uninterrupted_run(launch, uninterru
 def test_a_world_size_that_does_not_divide_the_generation_batch(launch, accelerate_config):
     run = launch(accelerate_config, config={"per_device_train_batch_size": 2, "generation_batch_size": 6})
     assert run.returncode != 0
-    assert "`generation_batch_size` is 6, but has to be divisible by `per_device_train_batch_size` (2) × 2 processes" in run.output
+    assert (
+        "`generation_batch_size` is 6, but has to be divisible by `per_device_train_batch_size` (2) × 2 processes"
+        in run.output
+    )
     assert "Loading weights" not in run.output
 
 
