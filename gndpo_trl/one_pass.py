@@ -99,8 +99,9 @@ class OnePassMixin:
         loss = super().training_step(model, inputs, num_items_in_batch)
         if self._unread is not None and self._rows_left == 0:
             scale = self._finish_reading()
-            gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-            torch._foreach_mul_(gradients, scale)
+            if scale != 1.0:
+                gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+                torch._foreach_mul_(gradients, scale)
         return loss
 
     def _scale_engine_step(self) -> None:

@@ -22,10 +22,7 @@ class LossReading:
         self.unknown: torch.Tensor | None = None  # tokens that had to leave the loss before
         self.shape = rollout["completion_ids"].shape
         # A micro-batch has all of a question but its rows, if the prompts are the student's, of all ranks: passes are as many.
-        has_own = torch.tensor(
-            [question["prompt_ids"] is not rollout["prompt_ids"]], device=rollout["prompt_ids"].device
-        )
-        self.has_own_prompts = bool(gather(has_own).any())
+        self.has_own_prompts = on_any_rank(question["prompt_ids"] is not rollout["prompt_ids"], rollout)
         self.questions = question if self.has_own_prompts else {"rows": question["rows"]}
         self.parts: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 

@@ -50,12 +50,7 @@ class Unnormalized(ScoredInLoss):
         self.reading = Reading(teacher_logps, torch.full_like(teacher_logps, torch.nan), reference_logps)
         may_not_know = self.models.teacher.may_not_know(question["rows"])
         self.reading.unknown = leave_unknown_out(rollout, teacher_logps.isnan(), may_not_know)
-        return {
-            "teacher_per_token_logps": teacher_logps,
-            "reference_logps": reference_logps,
-            "reward_advantages": rollout["advantages"],
-            "score_moments": None,
-        }
+        return what_is_scored(rollout, self.reading, None)
 
     def advantages_in_loss(self, logps, inputs):
         if "row_of_batch" in inputs:
@@ -87,11 +82,14 @@ class SamplerStatistics(ScoredInLoss):
         return Reading(self.models.teacher_logps(question), rollout["sampling_per_token_logps"], is_estimate=True)
 
     def for_the_loss(self, rollout, reading, moments):
-        if not reading.is_estimate:
-            return {}
-        return {
-            "teacher_per_token_logps": reading.teacher_logps,
-            "reference_logps": reading.reference_logps,
-            "reward_advantages": rollout["advantages"],
-            "score_moments": moments,
-        }
+        return what_is_scored(rollout, reading, moments) if reading.is_estimate else {}
+
+
+def what_is_scored(rollout: dict[str, Any], reading: Reading, moments: torch.Tensor | None) -> dict[str, Any]:
+    """What the loss needs to make scores of its log-probs, and advantages of these, before any are in the rollout."""
+    return {
+        "teacher_per_token_logps": reading.teacher_logps,
+        "reference_logps": reading.reference_logps,
+        "reward_advantages": rollout["advantages"],
+        "score_moments": moments,
+    }

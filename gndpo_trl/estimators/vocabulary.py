@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,9 +9,9 @@ from typing import Any
 import torch
 from accelerate.utils import gather
 
-from ..grpo.hidden_states import HiddenStates, head_of
+from ..grpo.hidden_states import HiddenStates, gathered, head_of, is_parameter
 from ..grpo.microbatches import loss_mask
-from ..grpo.trl_hooks import HeadCall, HeadFields, maybe_gather_lm_head_ctx
+from ..grpo.trl_hooks import HeadCall, HeadFields
 from ..objective.advantages import merge_moments, row_moments
 from ..objective.distributions import ComparedInBackward, Comparison, LMHead, compare_distributions
 from ..teachers import Teacher
@@ -143,9 +142,10 @@ class WholeVocabulary(Estimator):
             "top_k/rest_clamped": found.rest_clamped,
             "top_k/overlap": found.overlap,
         }
-        means = {name: mean_over_tokens(of_name, mask & ~of_name.isnan()) for name, of_name in values.items()}
+        means = means_over_tokens([(of_name, mask & ~of_name.isnan()) for of_name in values.values()])
+        found = zip(values, means, strict=True)
         # The last three only where a few tokens are known.
-        return {name: mean for name, mean in means.items() if name.startswith("score/") or not math.isnan(mean)}
+        return {name: mean for name, mean in found if name.startswith("score/") or not math.isnan(mean)}
 
     def _check_foreign_mass(self, mass: float) -> None:
         if mass > LARGEST_FOREIGN_MASS:
@@ -206,15 +206,6 @@ def without(states: HiddenStates, unknown: torch.Tensor, completion_mask: torch.
     return replace(states, rows=rows)
 
 
-def gathered(weights: list[torch.Tensor]) -> AbstractContextManager:
-    """Context in which parameters that ZeRO-3 shards are whole; copies, which are no parameters, are so anyway."""
-    return maybe_gather_lm_head_ctx(*filter(is_parameter, weights))
-
-
-def is_parameter(weight: torch.Tensor | None) -> bool:
-    return isinstance(weight, torch.nn.Parameter)
-
-
 def is_copied(head: LMHead) -> bool:
     """Whether nothing of it is a model's own."""
     return not any(map(is_parameter, head.parameters))
@@ -244,7 +235,13 @@ def compare_rows(
     return Comparison(*(torch.cat(values) for values in zip(*(vars(part).values() for part in parts), strict=True)))
 
 
+def means_over_tokens(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> list[float]:
+    """For each of the `(B, T)` values with a mask, their mean over the valid tokens of all ranks; NaN without any."""
+    moments = torch.stack([merge_moments(row_moments(values, mask)) for values, mask in parts])
+    count, total, _ = merge_moments(gather(moments.unsqueeze(0))).unbind(-1)
+    return (total / count).tolist()
+
+
 def mean_over_tokens(values: torch.Tensor, mask: torch.Tensor) -> float:
-    """Mean of `(B, T)` values over the valid tokens of all ranks; NaN without any."""
-    count, total, _ = merge_moments(gather(merge_moments(row_moments(values, mask)).unsqueeze(0)))
-    return (total / count).item()
+    """Of one."""
+    return means_over_tokens([(values, mask)])[0]

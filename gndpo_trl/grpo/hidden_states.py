@@ -1,6 +1,7 @@
 """Last hidden states of completion tokens, and the LM head that makes distributions of them."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,6 +72,15 @@ def head_of(call: HeadCall) -> LMHead:
     return LMHead(call.weight, call.bias, dtype, call.temperature, call.softcap, call.scale)
 
 
+def gathered(weights: list[torch.Tensor]) -> AbstractContextManager:
+    """Context in which parameters that ZeRO-3 shards are whole; copies, which are no parameters, are so anyway."""
+    return maybe_gather_lm_head_ctx(*filter(is_parameter, weights))
+
+
+def is_parameter(weight: torch.Tensor) -> bool:
+    return isinstance(weight, torch.nn.Parameter)
+
+
 @torch.no_grad()
 def keep_top_k(states: HiddenStates, rollout: dict[str, Any], top_k: int) -> HiddenStates:
     """
@@ -79,9 +89,7 @@ def keep_top_k(states: HiddenStates, rollout: dict[str, Any], top_k: int) -> Hid
     """
     ids, mask = rollout["completion_ids"], rollout["completion_mask"].bool()
     rows = []
-    with maybe_gather_lm_head_ctx(
-        *(weight for weight in states.head.parameters if isinstance(weight, torch.nn.Parameter))
-    ):
+    with gathered(states.head.parameters):
         head = states.head.on(ids.device)
         for hidden, sampled in zip(states.rows, ids[mask].split([len(row) for row in states.rows]), strict=True):
             parts = []

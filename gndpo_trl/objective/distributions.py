@@ -260,36 +260,50 @@ def add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
         total.addmm_(left.to(total.dtype), right.to(total.dtype))
 
 
-class HeadGradients:
+def gradients_through_heads(
+    needed: tuple[bool, ...],
+    leaves: tuple[torch.Tensor | None, ...],
+    head: LMHead,
+    teacher_states: torch.Tensor,
+    teacher_head: LMHead,
+    score_clip: float | None,
+    dtype: torch.dtype,
+    gather: Callable[[], AbstractContextManager],
+    of_logits: Callable[[Positions, slice], torch.Tensor],
+    ids: torch.Tensor | None = None,
+) -> list[torch.Tensor | None]:
     """
     Gradients of what an LM head multiplies, summed up a few positions at a time.
 
     Args:
         needed (`tuple[bool, bool, bool]`): Which are asked for: those of hidden states, weight and bias.
         leaves (`tuple[torch.Tensor | None, ...]`): The three.
+        head ([`LMHead`]), teacher_states (`torch.Tensor`), teacher_head ([`LMHead`]), score_clip (`float` or `None`),
+            ids (`torch.Tensor`, *optional*): See [`Positions`]; of all `N` positions.
         dtype (`torch.dtype`): Sums are in it.
+        gather (`Callable`): Context in which both heads' weights are whole.
+        of_logits (`Callable`): `of_logits(here, chunk)` gives the gradient `(n, V)` of the logits of a chunk, which may be in
+            memory of `here`.
     """
-
-    def __init__(self, needed: tuple[bool, ...], leaves: tuple[torch.Tensor | None, ...], dtype: torch.dtype):
-        self.leaves = leaves
-        self.of_hidden, self.of_weight, self.of_bias = (
+    hidden = leaves[0]
+    with gather():
+        of_hidden, of_weight, of_bias = sums = [
             torch.zeros(leaf.shape, device=leaf.device, dtype=dtype) if needs else None
             for leaf, needs in zip(leaves, needed, strict=True)
-        )
-
-    def add(self, chunk: slice, of_logits: torch.Tensor, here: Positions, states: torch.Tensor, head: LMHead) -> None:
-        """Those of a chunk, from the gradient `(n, V)` of its logits; uses its memory and that of the logits."""
-        of_projection = head.projection_gradient(of_logits, here.logits).to(head.dtype)
-        if self.of_hidden is not None:
-            self.of_hidden[chunk] = of_projection @ head.weight
-        if self.of_weight is not None:
-            add_product(self.of_weight, of_projection.T, states)
-        if self.of_bias is not None:
-            self.of_bias += of_projection.sum(0)
-
-    def summed(self) -> list[torch.Tensor | None]:
-        sums = (self.of_hidden, self.of_weight, self.of_bias)
-        return [None if found is None else found.to(of.dtype) for found, of in zip(sums, self.leaves, strict=True)]
+        ]
+        head, teacher_head = head.on(hidden.device), teacher_head.on(hidden.device)
+        for chunk in chunks(len(hidden), hidden.device):
+            states = hidden[chunk].to(head.dtype)
+            sampled = None if ids is None else ids[chunk]
+            here = Positions(states, head, teacher_states[chunk], teacher_head, score_clip, sampled)
+            of_projection = head.projection_gradient(of_logits(here, chunk), here.logits).to(head.dtype)
+            if of_hidden is not None:
+                of_hidden[chunk] = of_projection @ head.weight
+            if of_weight is not None:
+                add_product(of_weight, of_projection.T, states)
+            if of_bias is not None:
+                of_bias += of_projection.sum(0)
+    return [None if found is None else found.to(leaf.dtype) for found, leaf in zip(sums, leaves, strict=True)]
 
 
 class ExpectedAdvantage(torch.autograd.Function):
@@ -320,22 +334,23 @@ class ExpectedAdvantage(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        hidden, weight, bias, teacher_states = ctx.saved_tensors
+        *leaves, teacher_states = ctx.saved_tensors
         head, teacher_head, score_clip, weighting, gather = ctx.constants
-        with gather():
-            gradients = HeadGradients(ctx.needs_input_grad[:3], (hidden, weight, bias), gradient.dtype)
-            head, teacher_head = head.on(hidden.device), teacher_head.on(hidden.device)
-            for chunk in chunks(len(hidden), hidden.device):
-                states = hidden[chunk].to(head.dtype)
-                here = Positions(states, head, teacher_states[chunk], teacher_head, score_clip)
-                advantages = weighting(here.scores, here.common, chunk)
-                expected = torch.linalg.vecdot(here.common, advantages).unsqueeze(-1)
-                # d/dz_a of Σ_b π(b) A(b) log π(b), with π(b) A(b) constant: π(a) (A(a) - Σ_b π(b) A(b))
-                of_logits = here.probs.mul_(gradient[chunk].unsqueeze(-1))
-                of_logits[:, : advantages.size(-1)].mul_(advantages.sub_(expected))
-                of_logits[:, advantages.size(-1) :].mul_(-expected)
-                gradients.add(chunk, of_logits, here, states, head)
-        return *gradients.summed(), *[None] * 6
+
+        def of_logits(here, chunk):
+            advantages = weighting(here.scores, here.common, chunk)
+            expected = torch.linalg.vecdot(here.common, advantages).unsqueeze(-1)
+            # d/dz_a of Σ_b π(b) A(b) log π(b), with π(b) A(b) constant: π(a) (A(a) - Σ_b π(b) A(b))
+            found = here.probs.mul_(gradient[chunk].unsqueeze(-1))
+            found[:, : advantages.size(-1)].mul_(advantages.sub_(expected))
+            found[:, advantages.size(-1) :].mul_(-expected)
+            return found
+
+        teacher = (teacher_states, teacher_head, score_clip)
+        gradients = gradients_through_heads(
+            ctx.needs_input_grad[:3], leaves, head, *teacher, gradient.dtype, gather, of_logits
+        )
+        return *gradients, *[None] * 6
 
 
 class ComparedInBackward(torch.autograd.Function):
@@ -368,20 +383,20 @@ class ComparedInBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        hidden, weight, bias, teacher_states, ids = ctx.saved_tensors
+        *leaves, teacher_states, ids = ctx.saved_tensors
         head, teacher_head, score_clip, of_all_tokens, found, gather = ctx.constants
-        with gather():
-            gradients = HeadGradients(ctx.needs_input_grad[:3], (hidden, weight, bias), gradient.dtype)
-            head, teacher_head = head.on(hidden.device), teacher_head.on(hidden.device)
-            for chunk in chunks(len(hidden), hidden.device):
-                states, sampled = hidden[chunk].to(head.dtype), ids[chunk].unsqueeze(-1)
-                here = Positions(states, head, teacher_states[chunk], teacher_head, score_clip, ids[chunk])
-                found[chunk] = here.comparison(here.mean())
-                weights = gradient[chunk].unsqueeze(-1)
-                if of_all_tokens:
-                    of_logits = here.probs.mul_(here.scores).mul_(weights)
-                else:  # d log π(s) / dz_a = 1[a = s] - π(a)
-                    weights = weights * here.scores.gather(-1, sampled)
-                    of_logits = here.probs.mul_(-weights).scatter_add_(-1, sampled, weights)
-                gradients.add(chunk, of_logits, here, states, head)
-        return *gradients.summed(), *[None] * 8
+
+        def of_logits(here, chunk):
+            found[chunk] = here.comparison(here.mean())
+            weights, sampled = gradient[chunk].unsqueeze(-1), ids[chunk].unsqueeze(-1)
+            if of_all_tokens:
+                return here.probs.mul_(here.scores).mul_(weights)
+            # d log π(s) / dz_a = 1[a = s] - π(a)
+            weights = weights * here.scores.gather(-1, sampled)
+            return here.probs.mul_(-weights).scatter_add_(-1, sampled, weights)
+
+        teacher = (teacher_states, teacher_head, score_clip)
+        gradients = gradients_through_heads(
+            ctx.needs_input_grad[:3], leaves, head, *teacher, gradient.dtype, gather, of_logits, ids
+        )
+        return *gradients, *[None] * 8

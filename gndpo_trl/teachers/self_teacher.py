@@ -14,9 +14,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from ..grpo.data_checks import rows_with_values
-from ..grpo.hidden_states import HiddenStates, keep_top_k
+from ..grpo.hidden_states import HiddenStates, gathered, keep_top_k
 from ..grpo.ranks import raised_on_all_ranks
-from ..grpo.trl_hooks import maybe_gather_lm_head_ctx
 from .local import LocalTeacher
 from .teacher import ReadHiddenStates, Score, Teacher
 from .weights import free_gathered, piece, piece_of, whole
@@ -139,9 +138,8 @@ class SelfTeacher(NeedsPrompts):
             states = read(self.student, rollout)
             if self.top_k is not None:
                 return keep_top_k(states, rollout, self.top_k)
-            weights = [weight for weight in (states.head.weight, states.head.bias) if weight is not None]
-            if any(weight.requires_grad for weight in weights):
-                with maybe_gather_lm_head_ctx(*weights):
+            if any(weight.requires_grad for weight in states.head.parameters):
+                with gathered(states.head.parameters):
                     head = states.head.on(torch.device("cpu"))
                 copies = (None if weight is None else weight.clone() for weight in (head.weight, head.bias))
                 states = HiddenStates(states.rows, replace(head, **dict(zip(("weight", "bias"), copies, strict=True))))
