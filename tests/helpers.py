@@ -13,7 +13,7 @@ from gndpo_trl.estimators import Reading, Sampled
 from gndpo_trl.grpo.trl_hooks import MULTIMODAL_KEYS
 from gndpo_trl.objective.advantages import Population, undefined_rows
 from gndpo_trl.objective.scores import Score
-from gndpo_trl.teachers import Teacher
+from gndpo_trl.teachers import LocalTeacher, Teacher
 from gndpo_trl.token_view.rows import TokenRow
 
 
@@ -83,6 +83,22 @@ def assert_same_gradients(found: dict, expected: dict) -> None:
         torch.testing.assert_close(found[name], gradient, rtol=0, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
 
 
+# Two steps share a generation batch, and each of them is saved.
+IN_THE_MIDDLE = {"save_strategy": "steps", "save_steps": 1, "num_iterations": 2}
+
+
+def assert_resumes_in_the_middle(make_trainer, folder, **options) -> None:
+    """A run that ended after the first step of a generation batch, in `parts`, goes on to the weights of a whole one."""
+    options = {**IN_THE_MIDDLE, **options}
+    whole = make_trainer(output_dir=str(folder / "whole"), max_steps=4, **options)
+    whole.train()
+    make_trainer(output_dir=str(folder / "parts"), max_steps=1, **options).train()
+    resumed = make_trainer(output_dir=str(folder / "parts"), max_steps=4, **options)
+    resumed.train(resume_from_checkpoint=True)
+    for name, parameter in whole.model.state_dict().items():
+        assert torch.equal(parameter, resumed.model.state_dict()[name]), name
+
+
 def reward(completion_ids, **kwargs):
     return [float(sum(ids) % 7) for ids in completion_ids]
 
@@ -90,6 +106,13 @@ def reward(completion_ids, **kwargs):
 def canned(prompts, trainer):
     prompt_ids, _, _ = trainer._tokenize_prompts(prompts)
     return {"prompt_ids": prompt_ids, "completion_ids": COMPLETIONS, "logprobs": [[0.0] * n for n in LENGTHS]}
+
+
+class Forgetful(LocalTeacher):
+    """A model that may say that it does not know."""
+
+    def may_not_know(self, rows):
+        return [True] * len(rows)
 
 
 class Table(Teacher):

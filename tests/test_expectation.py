@@ -5,7 +5,7 @@ import copy
 import pytest
 import tiny_models
 import torch
-from helpers import gradients, make_rollout
+from helpers import Forgetful, assert_resumes_in_the_middle, gradients, make_rollout
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from trl import DistillationConfig, DistillationTrainer
@@ -16,7 +16,7 @@ from gndpo_trl.grpo.trl_hooks import MULTIMODAL_KEYS
 from gndpo_trl.objective import distributions
 from gndpo_trl.objective.advantages import Population
 from gndpo_trl.objective.scores import Score
-from gndpo_trl.teachers import LocalTeacher, Teacher
+from gndpo_trl.teachers import Teacher
 
 
 BOTH = {"baseline": {"score_baseline": "expected"}, "exact": {"estimator": "exact"}}
@@ -326,14 +326,7 @@ def test_tool_tokens_have_no_part(make_trainer, checkpoints):
 
 @pytest.mark.parametrize("options", BOTH.values(), ids=BOTH)
 def test_a_run_goes_on_from_the_middle_of_a_generation_batch(make_trainer, tmp_path, options):
-    options = {"save_strategy": "steps", "save_steps": 1, "num_iterations": 2, **options}
-    whole = make_trainer(output_dir=str(tmp_path / "whole"), max_steps=4, **options)
-    whole.train()
-    make_trainer(output_dir=str(tmp_path / "parts"), max_steps=1, **options).train()
-    resumed = make_trainer(output_dir=str(tmp_path / "parts"), max_steps=4, **options)
-    resumed.train(resume_from_checkpoint=True)
-    for name, parameter in whole.model.state_dict().items():
-        assert torch.equal(parameter, resumed.model.state_dict()[name]), name
+    assert_resumes_in_the_middle(make_trainer, tmp_path, **options)
 
 
 def test_a_run_goes_on_with_the_head_that_its_teacher_had(make_trainer, text_dataset, tmp_path):
@@ -549,13 +542,6 @@ def test_a_teacher_in_this_process_that_gives_nan_ends_the_run_before_the_studen
     with pytest.raises(ValueError, match=r"The teacher gave non-finite log-probs for \d+ of \d+ tokens"):
         trainer.train()
     assert all(torch.equal(parameter, before[name]) for name, parameter in trainer.model.named_parameters())
-
-
-class Forgetful(LocalTeacher):
-    """A model that may say that it does not know."""
-
-    def may_not_know(self, rows):
-        return [True] * len(rows)
 
 
 @pytest.mark.parametrize("options", [{}, *BOTH.values()], ids=["sampled", *BOTH])

@@ -4,12 +4,11 @@ import math
 
 import pytest
 import torch
-from helpers import gradients
+from helpers import Forgetful, gradients
 from peft import LoraConfig
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from gndpo_trl.objective import distributions
-from gndpo_trl.teachers import LocalTeacher
 
 
 ESTIMATORS = {
@@ -224,13 +223,6 @@ def test_nan_in_the_last_micro_batch_ends_the_run_before_a_weight_moves(make_tra
         trainer.train()
     assert len(losses) == 4
     assert all(torch.equal(parameter, before[name]) for name, parameter in trainer.model.named_parameters())
-
-
-class Forgetful(LocalTeacher):
-    """A model that may say that it does not know."""
-
-    def may_not_know(self, rows):
-        return [True] * len(rows)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,14 @@
 import pytest
 import tiny_models
 import torch
-from helpers import assert_same_gradients, gradients, make_rollout, plain_log_probs
+from helpers import (
+    IN_THE_MIDDLE,
+    assert_resumes_in_the_middle,
+    assert_same_gradients,
+    gradients,
+    make_rollout,
+    plain_log_probs,
+)
 from peft import LoraConfig
 
 from gndpo_trl.grpo.rollouts import valid_tokens
@@ -141,22 +148,10 @@ def test_several_teachers_of_which_one_is_known_whole(make_trainer, checkpoints,
 
 
 def test_a_run_goes_on_from_the_middle_of_a_generation_batch(make_trainer, tmp_path):
-    options = {
-        "save_strategy": "steps",
-        "save_steps": 1,
-        "num_iterations": 2,
-        "estimator": "exact",
-        "teacher_top_k": 4,
-    }
-    whole = make_trainer(output_dir=str(tmp_path / "whole"), max_steps=4, **options)
-    whole.train()
-    make_trainer(output_dir=str(tmp_path / "parts"), max_steps=1, **options).train()
-    resumed = make_trainer(output_dir=str(tmp_path / "parts"), max_steps=4, **options)
-    resumed.train(resume_from_checkpoint=True)
-    for name, parameter in whole.model.state_dict().items():
-        assert torch.equal(parameter, resumed.model.state_dict()[name]), name
+    assert_resumes_in_the_middle(make_trainer, tmp_path, estimator="exact", teacher_top_k=4)
+    options = {**IN_THE_MIDDLE, "estimator": "exact", "teacher_top_k": 5}
     with pytest.warns(UserWarning, match="`teacher` was .*its likeliest 4 tokens.*They are left"):
-        make_trainer(output_dir=str(tmp_path / "parts"), max_steps=5, **{**options, "teacher_top_k": 5}).train(
+        make_trainer(output_dir=str(tmp_path / "parts"), max_steps=5, **options).train(
             resume_from_checkpoint=str(tmp_path / "parts" / "checkpoint-1")
         )
 

@@ -14,14 +14,19 @@ from safetensors.torch import load_file
 from stand_in_server import StandInServer
 
 
+def wait_for(words: str, job) -> None:
+    """Until a job that goes on has said something, for five minutes at most."""
+    deadline = time.monotonic() + 300
+    while words not in job.output:
+        assert job.process.poll() is None and time.monotonic() < deadline, job.output
+        time.sleep(0.1)
+
+
 @pytest.mark.parametrize("accelerate_config", ["ddp", "zero2"])
 def test_sigterm_saves_a_checkpoint_on_all_ranks_and_ends(launch, accelerate_config):
     config = {**ADAMW, "max_steps": 100_000, "save_strategy": "steps", "save_steps": 50_000}
     job = launch.begin(accelerate_config, config={**config, "enable_jit_checkpoint": True}, save=None, last=True)
-    deadline = time.monotonic() + 300
-    while "score/mean" not in job.output:
-        assert job.process.poll() is None and time.monotonic() < deadline, job.output
-        time.sleep(0.5)
+    wait_for("score/mean", job)
     job.process.send_signal(signal.SIGTERM)  # as a scheduler does; the launcher passes it on to its workers
     assert job.process.wait(timeout=60) != 0
     assert "It is not finished: go on with `resume_from_checkpoint=True`" in job.output
@@ -79,10 +84,7 @@ def test_deepspeed_ends_with_a_gradient_that_is_not_finite_on_one_rank(launch, a
 def test_ctrl_c_saves_a_checkpoint_on_all_ranks_and_ends(launch, accelerate_config):
     config = {**ADAMW, "max_steps": 100_000, "save_strategy": "steps", "save_steps": 50_000}
     job = launch.begin(accelerate_config, config={**config, "enable_jit_checkpoint": True}, save=None, last=True)
-    deadline = time.monotonic() + 300
-    while "score/mean" not in job.output:
-        assert job.process.poll() is None and time.monotonic() < deadline, job.output
-        time.sleep(0.5)
+    wait_for("score/mean", job)
     job.process.send_signal(signal.SIGINT)
     assert job.process.wait(timeout=60) != 0
     assert "KeyboardInterrupt: Ctrl-C ended the run after step" in job.output
@@ -115,10 +117,7 @@ def test_a_teacher_that_does_not_answer_ends_all_ranks_with_a_checkpoint(
     server = StandInServer(checkpoints["qwen3-teacher"])
     served = {"teacher_server_url": [server.url], "teacher_server_timeout": 1.0}
     job = launch.begin(accelerate_config, config={**ADAMW, "max_steps": 100_000, **served}, task="served")
-    deadline = time.monotonic() + 300
-    while "step 2 is done" not in job.output:
-        assert job.process.poll() is None and time.monotonic() < deadline, job.output
-        time.sleep(0.1)
+    wait_for("step 2 is done", job)
     end(server)
     assert job.process.wait(timeout=60) != 0
     if end is mislead_once:
