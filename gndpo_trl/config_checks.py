@@ -148,8 +148,10 @@ def estimator_problems(args: Any) -> Iterator[str]:
     }
     if args.estimator == "exact":
         reasons |= {
-            "reward_coef": (args.reward_coef != 0, "a reward belongs to the sampled tokens"),
-            "distillation_coef": (args.distillation_coef != 1.0, "there is nothing to weigh it against"),
+            "distillation_coef": (
+                args.distillation_coef != 1.0 and args.reward_coef == 0,
+                "without `reward_coef` there is nothing to weigh it against",
+            ),
             "beta": (args.beta != 0, "the KL divergence to the reference model is that of sampled tokens"),
             "importance_sampling_level": (
                 args.importance_sampling_level == "token",

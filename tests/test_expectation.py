@@ -5,7 +5,7 @@ import copy
 import pytest
 import tiny_models
 import torch
-from helpers import Forgetful, assert_resumes_in_the_middle, gradients, make_rollout
+from helpers import Forgetful, assert_resumes_in_the_middle, gradients, make_rollout, reward
 from peft import LoraConfig
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from trl import DistillationConfig, DistillationTrainer
@@ -181,14 +181,21 @@ def clipped_loss(model: PreTrainedModel, teacher: PreTrainedModel, rollout: dict
     ratio = log_ratio.exp()[:, None, None] * (ours - ours.detach()).exp()  # of each row, with each token's gradient
     clipped = ratio.clamp(1 - args.epsilon, 1 + args.epsilon)
     per_token = (probs * torch.minimum(ratio * advantages, clipped * advantages)).sum(-1)
+    if args.reward_coef != 0:
+        ids, rewards = rollout["completion_ids"].unsqueeze(-1), rollout["reward_advantages"].unsqueeze(-1)
+        sampled = torch.minimum(*(r.gather(-1, ids).squeeze(-1) * rewards for r in (ratio, clipped)))
+        per_token = per_token + args.reward_coef * sampled
     return -((per_token * mask).sum(-1) / mask.sum(-1)).mean()
 
 
+@pytest.mark.parametrize("reward_coef", [0.0, 0.7])
 @pytest.mark.parametrize("epsilon", [10.0, 0.003])
-def test_off_policy_gradients(make_trainer, epsilon):
+def test_off_policy_gradients(make_trainer, epsilon, reward_coef):
     trainer = make_trainer(
-        per_device_train_batch_size=8, num_iterations=2, estimator="exact", epsilon=epsilon, epsilon_high=epsilon
-    )
+        trainer_options={"reward_funcs": reward},
+        per_device_train_batch_size=8, num_iterations=2, estimator="exact", reward_coef=reward_coef,
+        epsilon=epsilon, epsilon_high=epsilon,
+    )  # fmt: skip
     rollout = make_rollout(trainer)
     student = double(trainer.model)
     generator = torch.Generator().manual_seed(0)
@@ -585,7 +592,6 @@ def test_teachers_without_a_distribution_are_refused(make_trainer, options, fiel
         (BOTH["baseline"] | {"extrapolation": 1.2}, "`extrapolation` is 1.2, which does not go with"),
         (BOTH["baseline"] | {"score_discount": 0.5}, "`score_discount` is 0.5, which does not go with"),
         (BOTH["baseline"] | {"score_power": 1.0, "score_clip": None}, "`score_power` is 1.0, which does not go with"),
-        (BOTH["exact"] | {"reward_coef": 1.0}, "`reward_coef` is 1.0, which does not go with"),
         (BOTH["exact"] | {"distillation_coef": 0.5}, "`distillation_coef` is 0.5, which does not go with"),
     ],
 )

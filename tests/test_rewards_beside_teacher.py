@@ -68,6 +68,20 @@ def test_the_loss_mixes_where_the_sampler_gives_the_statistics(make_trainer):
         torch.testing.assert_close(gradient, 0.5 * teacher[name] + 2 * rewards[name], rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("options", [{}, {"score_baseline": "expected"}, {"teacher_top_k": 4}], ids=str)
+def test_the_exact_gradient_and_that_of_the_reward_add_up(make_trainer, options):
+    def make_one(**more):
+        functions = {"reward_funcs": reward, "rollout_func": canned}
+        more.update(per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=1, max_grad_norm=0.0)
+        return gradients(make_trainer(trainer_options=functions, **more))
+
+    teacher, rewards = make_one(estimator="exact", **options), make_one(distillation_coef=0, reward_coef=1)
+    both = make_one(estimator="exact", distillation_coef=0.5, reward_coef=2, **options)
+    assert max(gradient.abs().max() for gradient in rewards.values()) > 1e-2
+    for name, gradient in both.items():
+        torch.testing.assert_close(gradient, 0.5 * teacher[name] + 2 * rewards[name], rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

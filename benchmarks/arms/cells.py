@@ -111,12 +111,14 @@ class Regime:
             `"four-bit"`, the same with the weights of its linear layers in 4 bits; `"other-end"`, the same but ending its
             turn with another token than the student; or `"student"`, the student itself with its weights in bfloat16, so
             that scores are rounding errors.
+        staleness: Number of optimizer steps since the weights that sample a batch were those of the student.
     """
 
     options: dict[str, Any] = field(default_factory=dict)
     prompts: int = 16
     num_generations: int = 4
     teacher: str = "teacher"
+    staleness: int = 0
 
 
 SMOKE_REGIME = {"prompts": 2, "num_generations": 2}
@@ -134,6 +136,10 @@ REGIMES = {
     "many-prompts": Regime(prompts=64),
     "four-bit-teacher": Regime(teacher="four-bit"),
     "other-end": Regime(teacher="other-end"),
+    "stale-1": Regime(staleness=1),
+    "stale-2": Regime(staleness=2),
+    "stale-4": Regime(staleness=4),
+    "stale-8": Regime(staleness=8),
     "own-teacher": Regime(teacher="student"),
     "own-teacher-floor": Regime(teacher="student", options={"std_floor": 0.1}),
 }

@@ -22,6 +22,7 @@ from .models import (
     round_weights,
     swap_ends,
 )
+from .stale import StaleSampler
 from .trainers import build_trainer
 
 
@@ -84,6 +85,8 @@ def run_cell(
             options["output_dir"] = folder
             train_split = load_from_disk(paths["data"])["train"]
             trainer = build_trainer(ARMS[arm], size, conditions, student, teacher, processor, train_split, options)
+            if conditions.staleness:  # first: the evaluation at the end of a step comes after it
+                trainer.add_callback(StaleSampler(student, conditions.staleness))
             trainer.add_callback(measurements)
             trainer.remove_callback(PrinterCallback)
             start = time.perf_counter()

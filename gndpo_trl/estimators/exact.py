@@ -25,7 +25,8 @@ class Exact(WholeVocabulary):
     `estimator="exact"`: the gradient of the expected advantage of a position, `Σ_a π(a) A(a) ∇log π(a)`, normalized by the
     moments of the student's distributions.
 
-    In the loss, the log-prob of a sampled token gets that gradient in place of its own; where the ratio to the student that
+    In the loss, the log-prob of a sampled token gets that gradient in place of its own, or, where a reward counts, beside its
+    own times the reward's advantage; where the ratio to the student that
     sampled is asked for, it keeps its value, and what is known of the teacher stays with the rollout, in CPU memory. The
     advantages of the sampled tokens are for the logs.
 
@@ -35,6 +36,7 @@ class Exact(WholeVocabulary):
         has_baseline (`bool`): Whether the expected score of the position is subtracted in the place of μ.
         clip_range (`tuple[float, float]` or `None`): Importance ratios below and above which a token with a negative, or a
             positive advantage has no gradient; `None`: none is left out.
+        coefs (`tuple[float, float]`): Weights of that gradient, and of the sampled tokens' with the advantage of the rewards.
     """
 
     of_all_tokens = True
@@ -46,9 +48,11 @@ class Exact(WholeVocabulary):
         std_floor: float,
         has_baseline: bool,
         clip_range: tuple[float, float] | None,
+        coefs: tuple[float, float] = (1.0, 0.0),
     ):
         super().__init__(score_clip, field)
         self.std_floor, self.has_baseline, self.clip_range = std_floor, has_baseline, clip_range
+        self.distillation_coef, self.reward_coef = coefs
         self.saved_heads: list[LMHead | LikeliestTokens | None] = []  # what a checkpoint holds of them
 
     def advantages(self, scores, reading, mask, population):
@@ -64,7 +68,8 @@ class Exact(WholeVocabulary):
             return {}
         spoiled = reading.distributions.teacher_logps.isnan()
         states = without(reading.teacher_states, spoiled, rollout["completion_mask"])
-        return {**self._keep(states, spoiled.device), "score_moments": moments}
+        found = {**self._keep(states, spoiled.device), "score_moments": moments}
+        return found if self.reward_coef == 0 else {**found, "reward_advantages": rollout["advantages"]}
 
     def head_reader(self, inputs):
         if "score_moments" not in inputs:
@@ -109,8 +114,13 @@ class Exact(WholeVocabulary):
             leaves = (call.hidden[mine], call.weight, call.bias)
             return ExpectedAdvantage.apply(*leaves, head_of(call), states, head, self.score_clip, weighting, gather)
 
-        expected = for_each_teacher(self._states(inputs), rows, columns, head_of(call), expect)
-        return fields[0].detach() + (sign_of_loss(ratio)[rows] * expected).to(fields[0].dtype), *fields[1:]
+        value = fields[0].detach()
+        learned = self.distillation_coef * for_each_teacher(self._states(inputs), rows, columns, head_of(call), expect)
+        if "reward_advantages" in inputs:
+            rewards = self.reward_coef * inputs["reward_advantages"].to(exact)
+            rewards = rewards * torch.where(rewards > 0, keeps_positive, keeps_negative)
+            learned = learned + rewards[rows] * (fields[0] - value)
+        return value + (sign_of_loss(ratio)[rows] * learned).to(value), *fields[1:]
 
     def save_state(self, folder):
         # Those of a teacher whose weights have moved on since, or who has none; all others are read again.

@@ -55,6 +55,7 @@ def get_estimator(
             std_floor=args.std_floor,
             has_baseline=args.score_baseline is not None,
             clip_range=None if args.loss_type == "cispo" else (1 - args.epsilon, 1 + high),
+            coefs=(args.distillation_coef, args.reward_coef),
         )
     if args.score_baseline is not None:
         return Baseline(args.score_clip, f"`score_baseline` is {args.score_baseline!r}")
