@@ -135,8 +135,8 @@ class GNDPOConfig(ExtendedGRPOConfig):
 
         sampling_logp_threshold (`float`, *optional*):
             Largest mean difference, in nats, between vLLM's log-probs of the sampled tokens and those of the training
-            engine. A run whose first batch exceeds it stops. `None` is 0.05 if both compute in float32, and 0.2
-            otherwise. `inf` never stops a run; the difference is logged all the same.
+            engine. A run whose first batch exceeds it stops, or whose first batch of new weights. `None` is 0.05 if both
+            compute in float32, and 0.2 otherwise. `inf` never stops a run; the difference is logged all the same.
 
         > Parameters that control the advantage
 

@@ -30,8 +30,8 @@ class GSPOConfig(ExtendedGRPOConfig):
             the same size.
         sampling_logp_threshold (`float`, *optional*):
             Largest mean difference, in nats, between vLLM's log-probs of the sampled tokens and those of the training
-            engine. A run whose first batch exceeds it stops. `None` is 0.05 if both compute in float32, and 0.2
-            otherwise. `inf` never stops a run; the difference is logged all the same.
+            engine. A run whose first batch exceeds it stops, or whose first batch of new weights. `None` is 0.05 if both
+            compute in float32, and 0.2 otherwise. `inf` never stops a run; the difference is logged all the same.
         share_prompts (`bool`, *optional*):
             Whether a forward pass computes a prompt, with its images, once for all of its completions. `None` does so
             where the model is found to compute the same and at least a quarter of the tokens is saved; the log names the

@@ -292,7 +292,7 @@ def check_drift(history: History, args: GNDPOConfig) -> str | None:
     return (
         f"vLLM's log-probs of the tokens that it sampled were {differences[0]:.2g} nats from the training engine's on "
         f"average, and are {differences[1]:.2g} now: the two drift apart, and the student learns from completions that are "
-        "not its own (`sampling_logp_threshold` looks at the first batch alone). See whether all weights reach vLLM "
+        "not its own (`sampling_logp_threshold` looks at the first batches alone). See whether all weights reach vLLM "
         "(adapters, tied and quantized weights), and at the dtype of both; `vllm_importance_sampling_correction=True` "
         "corrects for what is left."
     )

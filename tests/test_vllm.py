@@ -210,3 +210,10 @@ def test_a_server_whose_template_takes_no_image_is_told_from_others(checkpoints,
             client.try_an_image(3)
     finally:
         server.stop()
+
+
+def test_trl_gathers_what_goes_to_a_server_with_what_an_adapter_is_gathered_with():
+    source = inspect.getsource(VLLMGeneration)
+    assert "self._dist.gather_params(" in source and "self._dist = DistributedBackend(" in source, (
+        "VLLMGeneration gathers sharded weights in another way; `ExactVLLMGeneration.sync_weights` hands its way on"
+    )

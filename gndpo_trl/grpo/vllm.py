@@ -4,10 +4,12 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather
+from accelerate.logging import get_logger
+from accelerate.utils import gather, is_peft_model
 from datasets import Dataset
 from trl import GRPOConfig
 
@@ -15,6 +17,7 @@ from .config_checks import raise_problems
 from .loss_seam import Surrogate
 from .microbatches import loss_mask
 from .pictures import pictures_of
+from .vllm_adapter import AdapterSync, why_not_alone
 from .vllm_engine import (
     ExactVLLMClient,
     ExactVLLMGeneration,
@@ -24,6 +27,8 @@ from .vllm_engine import (
     engine_settings,
 )
 
+
+logger = get_logger(__name__)
 
 # Options of a request to vLLM that leave the distribution of the next token alone.
 NEUTRAL_SAMPLING_OPTIONS = {"ignore_eos", "seed", "stop", "stop_token_ids"}
@@ -37,16 +42,16 @@ class VLLMConfig(GRPOConfig):
     Parameters:
         sampling_logp_threshold (`float`, *optional*):
             Largest mean difference, in nats, between vLLM's log-probs of the sampled tokens and those of the training
-            engine. A run whose first batch exceeds it stops. `None` is 0.05 if both compute in float32, and 0.2
-            otherwise. `inf` never stops a run; the difference is logged all the same.
+            engine. A run whose first batch exceeds it stops, or whose first batch of new weights. `None` is 0.05 if both
+            compute in float32, and 0.2 otherwise. `inf` never stops a run; the difference is logged all the same.
     """
 
     sampling_logp_threshold: float | None = field(
         default=None,
         metadata={
             "help": "Largest mean difference, in nats, between vLLM's log-probs of the sampled tokens and those of the "
-            "training engine. A run whose first batch exceeds it stops. `None` is 0.05 if both compute in float32, and "
-            "0.2 otherwise. `inf` never stops a run; the difference is logged all the same."
+            "training engine. A run whose first batch exceeds it stops, or whose first batch of new weights. `None` is "
+            "0.05 if both compute in float32, and 0.2 otherwise. `inf` never stops a run; the difference is logged all the same."
         },
     )
 
@@ -126,8 +131,9 @@ class VLLMMixin:
     - vLLM samples from exactly the token ids that are scored, with images in both modes, and every generation is
       checked for it.
     - It forgets the embeddings of images when it gets new weights.
+    - A server with `--enable-lora` gets a LoRA student's adapter alone, see [`~grpo.vllm_adapter.AdapterSync`].
     - `sampling/logp_difference/mean` and `/max`, in nats, are logged for every batch of which both engines' log-probs
-      are known, and a first batch whose mean exceeds `args.sampling_logp_threshold` stops the run. A trainer that
+      are known, and a first batch, or a first one of new weights, whose mean exceeds `args.sampling_logp_threshold` stops the run. A trainer that
       scores the completions itself calls `_watch_sampling_logps` when it has.
 
     The arguments are those of [`~trl.GRPOTrainer`], with a [`VLLMConfig`].
@@ -144,7 +150,7 @@ class VLLMMixin:
 
             check_version(vllm.__version__, "The installed engine")
         super().__init__(model, reward_funcs, args, *more, **options)
-        self._sampler_is_known = False
+        self._sampler_is_known, self._compared_step = False, None
         if not self.use_vllm:
             return
         generation = self.vllm_generation
@@ -159,6 +165,16 @@ class VLLMMixin:
                 f"The vLLM server runs with `--logprobs-mode {settings['logprobs_mode']}`, so its log-probs are not "
                 "those of the distribution that it samples from. Restart it with `--logprobs-mode processed_logprobs`."
             )
+        if settings.get("max_lora_rank") is not None and is_peft_model(self.model):
+            why = why_not_alone(self.model, settings["max_lora_rank"])
+            if why is None and not settings["loads_adapters"]:
+                why = "its environment has no `VLLM_ALLOW_RUNTIME_LORA_UPDATING=True`"
+            if why is None:
+                generation.adapter = AdapterSync(self.model, Path(args.output_dir).absolute(), self.accelerator)
+            else:
+                logger.warning(
+                    f"The vLLM server takes adapters, but gets all weights with the student's merged into them: {why}."
+                )
         evaluation = self.eval_dataset if isinstance(self.eval_dataset, dict) else {"": self.eval_dataset}
         datasets = [dataset for dataset in (self.train_dataset, *evaluation.values()) if dataset is not None]
         if any({"image", "images"} & set(dataset.column_names or ()) for dataset in datasets):
@@ -170,7 +186,7 @@ class VLLMMixin:
 
     def _begin_run(self):
         super()._begin_run()
-        self._sampler_is_known = False
+        self._sampler_is_known, self._compared_step = False, None
         self._last_loaded_step = -1  # vLLM may hold weights of another run's step of the same number
 
     def _check_prompt_lengths(self, dataset: Any, max_model_len: int) -> None:
@@ -192,7 +208,8 @@ class VLLMMixin:
 
     def _watch_sampling_logps(self, rollout: dict[str, Any], logps: torch.Tensor) -> None:
         """
-        Log how far vLLM's log-probs are from the training engine's, and stop the run if its first batch is far off.
+        Log how far vLLM's log-probs are from the training engine's, and stop the run if its first batch, or the first of new weights,
+        is far off.
 
         Args:
             rollout (`dict`):
@@ -201,7 +218,7 @@ class VLLMMixin:
                 Log-probs, in nats, of the completion tokens under the weights that vLLM sampled with.
 
         Raises:
-            `ValueError`: on all ranks, if this is the first batch and the mean difference is above the threshold.
+            `ValueError`: on all ranks, if this is one of those batches and the mean difference is above the threshold.
         """
         mode = "train" if self.model.training else "eval"
         eval_temperature = getattr(self.args, "eval_temperature", None)
@@ -215,7 +232,9 @@ class VLLMMixin:
         self._metrics[mode]["sampling/logp_difference/max"].append(largest)
         if mode == "eval" or self._sampler_is_known:
             return
-        self._sampler_is_known = True
+        # Once with the weights that it was started with, which a sampler may have by itself, and once with others.
+        self._sampler_is_known = self._compared_step not in (None, self.state.global_step)
+        self._compared_step = self.state.global_step
         threshold = self.args.sampling_logp_threshold
         if threshold is None:
             training_dtype = "bfloat16" if self.args.bf16 or self.args.fp16 else str(self.model.dtype)

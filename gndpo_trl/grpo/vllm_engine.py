@@ -19,6 +19,9 @@ from PIL import Image
 from trl.generation.vllm_client import VLLMClient, to_openai_messages
 from trl.generation.vllm_generation import VLLMGeneration
 
+from .ranks import raised_on_all_ranks
+from .vllm_adapter import AdapterSync
+
 
 # What TRL 1.16 supports, without 0.31.0, whose bound on transformers excludes the versions that this package needs.
 MIN_VLLM, BELOW_VLLM = "0.22.0", "0.31.0"
@@ -42,15 +45,20 @@ class ExactVLLMClient(VLLMClient):
 
     def settings(self) -> dict:
         """What the server runs with, see [`engine_settings`]."""
-        model_config = self.get_server_info()["model_config"]
+        info = self.get_server_info()
+        model_config = info["model_config"]
         multimodal = model_config.get("multimodal_config") or {}
         limit = (multimodal.get("limit_per_prompt") or {}).get("image")
+        lora_config = info.get("lora_config") or {}
         return {
             "version": self._get(f"{self.base_url}/version")["version"],
             "logprobs_mode": model_config["logprobs_mode"],
             "dtype": str(model_config["dtype"]).removeprefix("torch."),
             "max_model_len": model_config["max_model_len"],
             "images_per_prompt": limit.get("count") if isinstance(limit, dict) else limit,
+            "max_lora_rank": lora_config.get("max_lora_rank"),
+            # It is there where adapters may be loaded, for those who post.
+            "loads_adapters": self.session.get(f"{self.base_url}/v1/load_lora_adapter").status_code == 405,
         }
 
     def try_an_image(self, image_token_id: int) -> int:
@@ -98,6 +106,7 @@ class ExactVLLMGeneration(VLLMGeneration):
     """
 
     settings: dict
+    adapter: AdapterSync | None = None  # where a server gets it in the place of all weights
 
     @cached_property
     def extra_image_tokens(self) -> int:
@@ -105,7 +114,11 @@ class ExactVLLMGeneration(VLLMGeneration):
         return self.vllm_client.try_an_image(self.processing_class.image_token_id)
 
     def sync_weights(self):
-        super().sync_weights()
+        if self.adapter is None:
+            super().sync_weights()
+        else:
+            with raised_on_all_ranks():
+                self.adapter.send(getattr(self, "vllm_client", None), self._dist.gather_params)
         # vLLM keeps what the vision tower made of images that it has seen, and TRL has it forget only the text.
         if self.mode == "colocate":
             self.llm.llm_engine.reset_encoder_cache()
@@ -159,8 +172,9 @@ def engine_settings(generation: VLLMGeneration) -> dict:
     What a vLLM engine runs with, the same on all ranks.
 
     Returns:
-        `dict` with keys `version`, `logprobs_mode`, `dtype`, `max_model_len` (tokens of prompt and completion) and
-        `images_per_prompt` (`None` without a limit).
+        `dict` with keys `version`, `logprobs_mode`, `dtype`, `max_model_len` (tokens of prompt and completion),
+        `images_per_prompt` (`None` without a limit), and of a server `max_lora_rank` (`None`: it takes no adapters) and
+        `loads_adapters` (while it runs).
     """
     if generation.mode == "server":
         settings = None

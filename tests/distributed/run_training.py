@@ -3,13 +3,14 @@
 Its specification holds `model`, `teacher`, `config` (the fields of GNDPOConfig), and optionally `completions` (token ids
 of a completion for each prompt; without them the student samples), `images` (whether prompts have one), `own_prompts`
 (whether the teacher has some), `prompt_fn` (whether a function writes them), `routed` (whether two teachers share the rows), `lora` (true or "4bit"), `resume`, `save`
-(a folder), `fail` (what shall go wrong on the last rank), `broken` (what is NaN there in the second step), `scaler` (whether
+(a folder), `send_adapter` (whether its adapter goes there as it would to a vLLM server), `fail` (what shall go wrong on the last rank), `broken` (what is NaN there in the second step), `scaler` (whether
 losses are scaled, as for float16) and `fsdp` (see below).
 """
 
 import io
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -24,6 +25,7 @@ from PIL import Image
 from transformers import AutoProcessor, BitsAndBytesConfig, TrainerCallback
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
+from gndpo_trl.grpo.vllm_adapter import AdapterSync
 from gndpo_trl.teachers import LocalTeacher, Teacher
 from gndpo_trl.teachers.weights import piece
 
@@ -140,6 +142,14 @@ def open_broken_image(rows: dict) -> dict:
     return {**rows, "images": [[Image.open(io.BytesIO(b"not an image"))] for _ in rows["prompt"]]}
 
 
+def send_adapter(trainer: GNDPOTrainer, folder: Path) -> None:
+    server = SimpleNamespace(base_url="http://vllm", reset_prefix_cache=lambda: None)
+    server.session = SimpleNamespace(post=lambda url, json: SimpleNamespace(status_code=200))
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    AdapterSync(model, folder, trainer.accelerator).send(server, trainer._dist.gather_params)
+    assert trainer.accelerator.is_main_process == hasattr(server, "model")
+
+
 def train(spec: dict) -> dict:
     if spec.get("fsdp"):
         offer_fsdp_on_cpus()
@@ -213,6 +223,8 @@ def train(spec: dict) -> dict:
     trainer.train(resume_from_checkpoint=spec.get("resume"))
     if spec.get("save"):
         trainer.save_model(spec["save"])
+    if spec.get("send_adapter"):
+        send_adapter(trainer, Path(spec["save"]))
     buckets = None
     if hasattr(engine, "zero_optimization_partition_weights") and engine.zero_optimization_partition_weights():
         buckets = [engine.zero_reduce_bucket_size(), engine.zero_prefetch_bucket_size()]

@@ -5,6 +5,8 @@ import torch
 from helpers import SPREAD_COMPLETIONS
 from safetensors.torch import load_file
 
+from gndpo_trl.grpo.vllm_adapter import NAME
+
 
 END = 2  # <|im_end|>, the tiny tokenizers' end token
 # The first process's completions end, and the second one's are all truncated.
@@ -242,6 +244,21 @@ def test_the_average_of_the_student_is_that_of_one_process(launch, self_taught, 
         other = load_file(alone.folder / "out/checkpoint-3/teacher.safetensors")
         for name, value in one.items():
             torch.testing.assert_close(other[name], value, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("accelerate_config", ["zero2", "zero3", "fsdp2"])
+def test_an_adapter_goes_to_a_vllm_server_as_it_is_saved(launch, accelerate_config):
+    options = {"lora": True, "completions": SPREAD_COMPLETIONS, "fsdp": accelerate_config == "fsdp2"}
+    run = launch(
+        accelerate_config,
+        config={"per_device_train_batch_size": 4, "learning_rate": 0.1},
+        send_adapter=True,
+        **options,
+    )
+    assert run.returncode == 0, run.output
+    one, two = (load_file(run.folder / "saved" / path / "adapter_model.safetensors") for path in ("", NAME))
+    assert one.keys() == two.keys() and max(value.abs().max() for name, value in one.items() if "lora_B" in name) > 0
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
 
 
 @pytest.mark.parametrize("accelerate_config", ["zero3", "fsdp2"])

@@ -64,7 +64,7 @@ def serve(tmp_path_factory):
     logs = tmp_path_factory.mktemp("servers")
     processes = []
 
-    def start(model: str, max_logprobs: int = -1) -> tuple[subprocess.Popen, str]:
+    def start(model: str, max_logprobs: int = -1, max_lora_rank: int | None = None) -> tuple[subprocess.Popen, str]:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -80,9 +80,12 @@ def serve(tmp_path_factory):
             "limit-mm-per-prompt": '{"image": 3}',
         }
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager", "--enable-scale-out"]
+        if max_lora_rank is not None:
+            command.append("--enable-lora")
+            options["max-lora-rank"] = max_lora_rank
         command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
         with open(logs / f"{port}.log", "w") as log:
-            environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1"}
+            environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"}
             processes.append(
                 subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
             )
@@ -105,6 +108,12 @@ def servers(checkpoints, serve) -> dict[str, str]:
 def spare_server(checkpoints, serve) -> tuple[subprocess.Popen, str]:
     """Process and base URL of another server of Qwen2.5-VL's student, for the test that kills it."""
     return serve(checkpoints["qwen25vl-student"])
+
+
+@pytest.fixture(scope="session")
+def image_server_with_adapters(checkpoints, serve) -> str:
+    """Base URL of one of Qwen2.5-VL's student that takes adapters."""
+    return serve(checkpoints["qwen25vl-student"], max_lora_rank=8)[1]
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import tiny_models
 from datasets import Dataset
+from peft import LoraConfig
 from trainers import Trainer, logged, some_reward
 from trl.generation import vllm_generation
 from trl.generation.vllm_client import VLLMClient
@@ -19,6 +20,7 @@ VLLMClient.init_communicator = lambda client, device: None
 VLLMClient.update_named_params = update_named_params
 
 model, options = sys.argv[1], json.loads(sys.argv[2])
+adapter = options.pop("adapter", None)
 rows = [
     {"prompt": [{"role": "user", "content": "what is the sum ?"}], "images": [tiny_models.draw_image(index)]}
     for index in range(8)
@@ -38,8 +40,13 @@ class RankTrainer(Trainer):
 
 RankTrainer.differences, RankTrainer.samples = [], []
 trainer = RankTrainer(
-    model=model, reward_funcs=some_reward, args=VLLMConfig(**options), train_dataset=Dataset.from_list(rows)
+    model=model,
+    reward_funcs=some_reward,
+    args=VLLMConfig(**options),
+    train_dataset=Dataset.from_list(rows),
+    peft_config=adapter and LoraConfig(**adapter),
 )
+assert (trainer.vllm_generation.adapter is None) == (adapter is None)
 trainer.train()
 report = {
     "own": [largest for _, largest in trainer.differences],
