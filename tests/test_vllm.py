@@ -181,6 +181,8 @@ def test_trl_makes_the_sampler_in_its_constructor_and_keeps_it():
     source = inspect.getsource(GRPOTrainer.__init__)
     assert "self.vllm_generation = VLLMGeneration(" in source
     assert "self.vllm_client = VLLMClient(" in inspect.getsource(VLLMGeneration._init_vllm)
+    # An adapter is gathered with what gathers everything else.
+    assert "self._dist.gather_params(" in inspect.getsource(VLLMGeneration._iter_named_params)
     # No slots and no metaclass: their class can be changed afterwards.
     assert not hasattr(VLLMGeneration, "__slots__") and not hasattr(VLLMClient, "__slots__")
 
@@ -210,10 +212,3 @@ def test_a_server_whose_template_takes_no_image_is_told_from_others(checkpoints,
             client.try_an_image(3)
     finally:
         server.stop()
-
-
-def test_trl_gathers_what_goes_to_a_server_with_what_an_adapter_is_gathered_with():
-    source = inspect.getsource(VLLMGeneration)
-    assert "self._dist.gather_params(" in source and "self._dist = DistributedBackend(" in source, (
-        "VLLMGeneration gathers sharded weights in another way; `ExactVLLMGeneration.sync_weights` hands its way on"
-    )

@@ -36,7 +36,7 @@ class AdapterSync:
     Sends a vLLM server the student's LoRA adapter, in files that the server reads.
 
     Args:
-        model ([`~peft.PeftModel`]): The student.
+        model (`peft.PeftModel`): The student.
         folder (`Path`): Where the files go; the server finds them under the same path.
         accelerator ([`~accelerate.Accelerator`]): Of the run.
     """
