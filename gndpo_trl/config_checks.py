@@ -95,7 +95,8 @@ def teacher_problems(args: Any) -> Iterator[str]:
             f"`teacher_top_k` is {args.teacher_top_k}, but it is a number of tokens. Give a positive one, or None for the whole "
             "distribution of a teacher in this process."
         )
-    if not 0 < args.teacher_server_timeout < args.ddp_timeout:
+    longest = args.ddp_timeout if args.teacher_server_url else math.inf
+    if not 0 < args.teacher_server_timeout < longest:
         yield (
             f"`teacher_server_timeout` is {args.teacher_server_timeout}, but it must be positive, and shorter than "
             f"`ddp_timeout` ({args.ddp_timeout}), after which ranks stop to wait for one another. Raise the latter "

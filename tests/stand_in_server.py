@@ -29,6 +29,7 @@ class StandInServer(ThreadingHTTPServer):
         max_model_len (`int`, *optional*, defaults to 256): Most tokens of a row, with the one that is generated.
         port (`int`, *optional*): Port; any that is free without it.
         max_logprobs (`int`, *optional*, defaults to 20): Most log-probs of a position, beside that of its own token.
+        host (`str`, *optional*, defaults to `"localhost"`): Address that it listens on.
 
     Attributes:
         misbehave (`Callable`): `misbehave(path, body, answer)` returns the answer that is sent; it may also sleep.
@@ -41,7 +42,9 @@ class StandInServer(ThreadingHTTPServer):
     daemon_threads = True
     allow_reuse_address = True
 
-    def __init__(self, path: str, max_model_len: int = 256, port: int = 0, max_logprobs: int = 20):
+    def __init__(
+        self, path: str, max_model_len: int = 256, port: int = 0, max_logprobs: int = 20, host: str = "localhost"
+    ):
         self.path, self.max_model_len, self.max_logprobs = path, max_model_len, max_logprobs
         reads_pictures = hasattr(AutoConfig.from_pretrained(path), "vision_config")
         self.model = (AutoModelForImageTextToText if reads_pictures else AutoModelForCausalLM).from_pretrained(path)
@@ -54,8 +57,8 @@ class StandInServer(ThreadingHTTPServer):
         self.cards = [{"id": "teacher", "root": path, "max_model_len": max_model_len}]
         self.lock = threading.Lock()
         self.connections: list[socket.socket] = []
-        super().__init__(("localhost", port), Handler)
-        self.url = f"http://localhost:{self.server_address[1]}"
+        super().__init__((host, port), Handler)
+        self.url = f"http://{host}:{self.server_address[1]}"
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def get_request(self):

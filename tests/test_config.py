@@ -239,3 +239,11 @@ def test_paths_and_other_types_that_are_meant_are_taken(make_config, tmp_path):
 def test_what_the_libraries_would_refuse_is_said_with_its_field(make_config, options, message):
     with pytest.raises(ValueError, match=message):
         make_config(**options)
+
+
+def test_ranks_may_wait_for_one_another_for_less_than_a_teacher_that_nobody_serves(make_config):
+    assert make_config(ddp_timeout=60).ddp_timeout == 60
+    with pytest.raises(
+        ValueError, match="`teacher_server_timeout` is 600.0, but it must be .*shorter than `ddp_timeout`"
+    ):
+        make_config(ddp_timeout=60, teacher_server_url=["http://localhost:1"])

@@ -14,6 +14,7 @@ from .evaluation_logs import EvaluationLogsMixin, check_best_metric
 from .finite_steps import FiniteStepsMixin
 from .head_check import check_head
 from .learned_prompts import check_learned_prompts
+from .lost_ranks import lost_ranks_are_named
 from .ranks import RewardsTogetherMixin, raised_on_all_ranks
 from .real_tokens import RealTokensMixin
 from .routers import check_routers
@@ -74,7 +75,8 @@ class ExtendedGRPOTrainer(
         self._trains_on_images = None
 
     def train(self, *args, **kwargs):
-        output = super().train(*args, **kwargs)
+        with lost_ranks_are_named():
+            output = super().train(*args, **kwargs)
         if self.state.global_step == 0 and isinstance(self.train_dataset, IterableDataset):
             needed = self.args.generation_batch_size // self.args.num_generations
             raise ValueError(

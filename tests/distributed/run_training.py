@@ -4,11 +4,12 @@ Its specification holds `model`, `teacher`, `config` (the fields of GNDPOConfig)
 of a completion for each prompt; without them the student samples), `images` (whether prompts have one), `own_prompts`
 (whether the teacher has some), `prompt_fn` (whether a function writes them), `routed` (whether two teachers share the rows), `lora` (true or "4bit"), `resume`, `save`
 (a folder), `send_adapter` (whether its adapter goes there as it would to a vLLM server), `fail` (what shall go wrong on the last rank), `broken` (what is NaN there in the second step), `scaler` (whether
-losses are scaled, as for float16) and `fsdp` (see below).
+losses are scaled, as for float16), `timeout` (seconds that ranks wait for one another), `count_bytes` (that go out) and `fsdp` (see below).
 """
 
 import io
 import sys
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -105,6 +106,17 @@ class FailingTeacher(Teacher):
         return torch.full(rollout["completion_ids"].shape, -1.0)
 
 
+class CountBytes(TrainerCallback):
+    """What has left the machine by the end of each step."""
+
+    def __init__(self):
+        self.sent = []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        (line,) = (line for line in Path("/proc/net/dev").read_text().splitlines() if "eth0:" in line)
+        self.sent.append(int(line.split()[9]))
+
+
 class BreakGradient(TrainerCallback):
     """Puts NaN into what this rank has of a gradient in the second step."""
 
@@ -153,6 +165,8 @@ def send_adapter(trainer: GNDPOTrainer, folder: Path) -> None:
 def train(spec: dict) -> dict:
     if spec.get("fsdp"):
         offer_fsdp_on_cpus()
+    if spec.get("timeout"):  # transformers does not hand `ddp_timeout` on to processes on CPUs
+        PartialState(cpu=True, timeout=timedelta(seconds=spec["timeout"]))
     config = GNDPOConfig(**spec["config"])
     processing_class = AutoProcessor.from_pretrained(spec["model"])
     # Stored in the dtype of the rest, so that ZeRO-3 can gather all parameters alike.
@@ -186,6 +200,9 @@ def train(spec: dict) -> dict:
         break_loss(trainer)
     if spec.get("scaler"):  # which accelerate makes on accelerators alone
         trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    counter = CountBytes()
+    if spec.get("count_bytes"):
+        trainer.add_callback(counter)
     fail = spec.get("fail") if is_last else None
     if fail == "teacher":
         score = trainer.teacher.score
@@ -199,7 +216,8 @@ def train(spec: dict) -> dict:
     advantages = {}
     teacher_forwards = []
     teacher = trainer.teacher.teachers["first"] if spec.get("routed") else trainer.teacher
-    engine = getattr(teacher, "model", trainer.model)
+    engine = getattr(teacher, "model", None)
+    engine = engine if isinstance(engine, torch.nn.Module) else trainer.model
     engine.register_forward_pre_hook(
         lambda module, args, kwargs: teacher_forwards.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
@@ -241,6 +259,7 @@ def train(spec: dict) -> dict:
         "global_step": trainer.state.global_step,
         "skipped_steps": trainer.skipped_steps,
         "groups": groups,
+        "bytes_sent": counter.sent,
         "has_generated": bool(advantages),
         "distributed_type": str(trainer.accelerator.distributed_type),
         "num_processes": trainer.accelerator.num_processes,
