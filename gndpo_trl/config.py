@@ -90,6 +90,9 @@ class GNDPOConfig(ExtendedGRPOConfig):
             Number of completions per prompt. Distillation compares no completions of a prompt, so that one of each of
             many prompts says most for its tokens. More are needed for `reward_coef`, and share their prompt in forward
             passes.
+        stop_at_teacher_eos (`bool`, *optional*, defaults to `True`):
+            Whether sampling also stops at the tokens with which the teacher ends its turns, where the student has them and
+            would sample on: an instruct teacher leads a base student to say them. The saved student stops there, too.
 
         > Parameters that control the evaluation
 
@@ -341,6 +344,14 @@ class GNDPOConfig(ExtendedGRPOConfig):
             "help": "Number of completions per prompt. Distillation compares no completions of a prompt, so that one of each "
             "of many prompts says most for its tokens. More are needed for `reward_coef`, and share their prompt in forward "
             "passes."
+        },
+    )
+    stop_at_teacher_eos: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether sampling also stops at the tokens with which the teacher ends its turns, where the student has "
+            "them and would sample on: an instruct teacher leads a base student to say them. The saved student stops there, "
+            "too."
         },
     )
 

@@ -31,7 +31,7 @@ from .grpo.launch import check_final_save
 from .grpo.loss_seam import SequenceTokenMixin
 from .grpo.ranks import raised_on_all_ranks
 from .grpo.rollouts import valid_tokens
-from .grpo.sampling import suppress_tokens
+from .grpo.sampling import stop_at, suppress_tokens
 from .grpo.trainer import ExtendedGRPOTrainer
 from .grpo.trl_hooks import get_config_model_id
 from .grpo.vllm import check_sampling_logps
@@ -167,7 +167,7 @@ class GNDPOTrainer(SequenceTokenMixin, OnePassMixin, QuestionsMixin, BatchLogsMi
         self.mix = partial(mix_advantages, distillation_coef=args.distillation_coef, reward_coef=args.reward_coef)
         self.estimator = self.surrogate = get_estimator(estimator, args, self.score, self.population, self.mix)
         self.estimator.check(self.teacher)
-        check_scorers(self._scorers, model, processing_class, args)
+        stop_ids = check_scorers(self._scorers, model, processing_class, args)
 
         super().__init__(
             model=model,
@@ -199,6 +199,7 @@ class GNDPOTrainer(SequenceTokenMixin, OnePassMixin, QuestionsMixin, BatchLogsMi
         self.estimator.prepare(self.models)
         self.add_callback(RunWarnings())
         suppress_padding_ids(self)
+        stop_at(self, stop_ids)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
@@ -301,16 +302,21 @@ def suppress_padding_ids(trainer: GNDPOTrainer) -> None:
         suppress_tokens(trainer, range(known, vocab_size))
 
 
-def check_scorers(scorers: list[Teacher], model: Any, processing_class: Any, args: GNDPOConfig) -> None:
-    """Have teacher and reference compare themselves with the student, before the weights of any are loaded."""
+def check_scorers(scorers: list[Teacher], model: Any, processing_class: Any, args: GNDPOConfig) -> set[int]:
+    """
+    Have teacher and reference compare themselves with the student, before the weights of any are loaded; the token ids that
+    sampling has to stop at beside the student's own.
+    """
     kwargs = args.model_init_kwargs or {}
     trust_remote_code = kwargs.get("trust_remote_code", args.trust_remote_code)
     description = describe("model", model, processing_class, kwargs.get("revision"), trust_remote_code)
     description.template_kwargs = args.chat_template_kwargs or {}
     own_kwargs = args.teacher_chat_template_kwargs or {}
     description.teacher_template_kwargs = {**description.template_kwargs, **own_kwargs}
+    description.adopted_stop_ids = set() if args.stop_at_teacher_eos else None
     for scorer in scorers:
         scorer.check(description)
+    return description.adopted_stop_ids or set()
 
 
 def check_arguments(

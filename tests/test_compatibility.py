@@ -113,6 +113,18 @@ def test_a_teacher_that_ends_with_another_token_is_warned_about():
         check(tiny_models.build_qwen3(), (teacher, tokenizer))
 
 
+def test_the_teachers_ends_are_adopted_where_the_student_has_them():
+    teacher, tokenizer = tiny_models.build_qwen3(tokenizer=tiny_models.build_tokenizer(extra_words=("bye",)))
+    bye = tokenizer.convert_tokens_to_ids("bye")
+    teacher.generation_config.eos_token_id = [END, 12, bye]
+    description = describe("model", *tiny_models.build_qwen3(vocab_size=500))
+    description.generation_config.eos_token_id = END
+    description.adopted_stop_ids = set()
+    with pytest.warns(UserWarning, match=rf"EOS MISMATCH: the teacher ends its turn with {bye} \("):
+        check_compatibility(description, describe("teacher_model", teacher, tokenizer))
+    assert description.adopted_stop_ids == {12}
+
+
 def test_a_student_that_stops_where_the_teacher_never_does_is_warned_about():
     with pytest.warns(UserWarning, match=r"EOS MISMATCH: sampling from the student stops at 12 .*longer completions"):
         check(tiny_models.build_qwen3(), tiny_models.build_qwen3(), stop_ids=(END, 12))

@@ -161,3 +161,32 @@ def suppress_tokens(trainer: GRPOTrainer, ids: Iterable[int]) -> None:
     suppressed = sorted({*(trainer.generation_config.suppress_tokens or ()), *ids})
     trainer.generation_config.suppress_tokens = suppressed
     trainer.generation_kwargs["suppress_tokens"] = suppressed
+
+
+def stop_at(trainer: GRPOTrainer, ids: set[int]) -> None:
+    """
+    Have sampling end at these token ids, too, with transformers and with vLLM: they end a completion for all masks and metrics,
+    and for whoever loads what is saved.
+    """
+    if not ids:
+        return
+    before, added = trainer.eos_token_ids, sorted(ids - set(trainer.eos_token_ids))
+    # A list each: transformers would save what TRL changes.
+    trainer.eos_token_ids = [*before, *added]
+    generation_owner(trainer.model).generation_config.eos_token_id = [*before, *added]
+    if trainer.use_vllm:
+        asked = trainer.vllm_generation.generation_kwargs
+        stops = sorted({*(asked.get("stop_token_ids") or ()), *added})
+        trainer.vllm_generation.generation_kwargs = {**asked, "stop_token_ids": stops}
+    else:
+        trainer.generation_config.eos_token_id = [*before, *added]
+        trainer.generation_kwargs["eos_token_id"] = [*before, *added]
+
+    def named(ids: list[int]) -> str:
+        return ", ".join(f"{id} ({trainer._tokenizer.convert_ids_to_tokens(id)!r})" for id in ids)
+
+    logger.warning(
+        f"The teacher ends its turn with {named(added)}, where sampling from the student went on (it stopped at "
+        f"{named(before)}). It stops there now, too, and so will the student that is saved; `stop_at_teacher_eos: false` has "
+        "it sample on."
+    )

@@ -65,6 +65,8 @@ class ModelDescription:
             tokenizer or processor; `None` if unknown.
         template_kwargs (`dict`): Of the student: options of the chat template for its prompts.
         teacher_template_kwargs (`dict`): Of the student: those for the prompts of its teacher.
+        adopted_stop_ids (`set[int]` or `None`): Of the student: token ids that end a teacher's turn and that sampling has to
+            stop at beside its own, as the checks find them; `None` where it is to sample on.
     """
 
     name: str
@@ -73,6 +75,7 @@ class ModelDescription:
     processing_class: ProcessingClass | None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     teacher_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    adopted_stop_ids: set[int] | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -276,7 +279,10 @@ def check_image_tensors(student: BaseImageProcessor, teacher: BaseImageProcessor
 
 
 def warn_on_special_tokens(student: ModelDescription, teacher: ModelDescription) -> None:
-    """Warn, saying what will happen, if the teacher ends its turns with other tokens, or pads with another one."""
+    """
+    Warn, saying what will happen, if the teacher ends its turns with other tokens, or pads with another one. Those of its ends
+    that the student can sample become its `adopted_stop_ids`, unless that is `None`.
+    """
     student_tokenizer, teacher_tokenizer = student.tokenizer, teacher.tokenizer
     student_stop_ids, teacher_stop_ids = student.stop_ids, teacher.stop_ids
 
@@ -284,13 +290,20 @@ def warn_on_special_tokens(student: ModelDescription, teacher: ModelDescription)
         return ", ".join(f"{id} ({student_tokenizer.convert_ids_to_tokens(id)!r})" for id in sorted(ids))
 
     only_teacher, only_student = teacher_stop_ids - student_stop_ids, student_stop_ids - teacher_stop_ids
+    if student.adopted_stop_ids is not None:
+        vocab_size = student.config.get_text_config().vocab_size
+        known = {
+            id for id in only_teacher if student_tokenizer.convert_ids_to_tokens(id) is not None and id < vocab_size
+        }
+        student.adopted_stop_ids |= known
+        only_teacher -= known
     if only_teacher:
         warnings.warn(
             f"EOS MISMATCH: the teacher ends its turn with {named(only_teacher)}, but sampling from the student does "
             f"not stop there (it stops at {named(student_stop_ids)}). The teacher will push the student to say these "
             "tokens and the completion will run on, so expect completions to grow to `max_completion_length` within "
-            "dozens of steps. Add the ids to the student's `generation_config.eos_token_id`, and watch `score/eos` "
-            "and `completions/mean_length`.",
+            "dozens of steps. Set `stop_at_teacher_eos`, if these are tokens of the student's, or give it the teacher's "
+            "tokenizer, and watch `score/eos` and `completions/mean_length`.",
             stacklevel=3,
         )
     if only_student:
