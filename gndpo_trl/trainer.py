@@ -298,7 +298,7 @@ def population_of(args: GNDPOConfig, teacher: Teacher) -> Population:
 def suppress_padding_ids(trainer: GNDPOTrainer) -> None:
     """Keep a student whose vocabulary is padded further than its teacher's from sampling the rows beyond: no tokens."""
     known, vocab_size = trainer.teacher.vocab_size, trainer.model.config.get_text_config().vocab_size
-    if known is not None and known < vocab_size and not trainer.use_vllm:
+    if known is not None and known < vocab_size:
         suppress_tokens(trainer, range(known, vocab_size))
 
 

@@ -14,6 +14,7 @@ from .evaluation_logs import EvaluationLogsMixin, check_best_metric
 from .finite_steps import FiniteStepsMixin
 from .head_check import check_head
 from .learned_prompts import check_learned_prompts
+from .loops import LoopsMixin
 from .ranks import RewardsTogetherMixin, raised_on_all_ranks
 from .real_tokens import RealTokensMixin
 from .routers import check_routers
@@ -27,6 +28,7 @@ from .vllm import VLLMMixin
 
 class ExtendedGRPOTrainer(
     SamplingMixin,
+    LoopsMixin,
     StepProgressMixin,
     RealTokensMixin,
     VLLMMixin,
@@ -40,7 +42,7 @@ class ExtendedGRPOTrainer(
 ):
     """
     What [`GNDPOTrainer`] and [`GSPOTrainer`] stand on: [`~trl.GRPOTrainer`] that looks at its data before it loads a
-    model, pays for real tokens, samples with vLLM from the prompts that it scores, goes on exactly from its checkpoints,
+    model, pays for real tokens, counts completions that end in a loop, samples with vLLM from the prompts that it scores, goes on exactly from its checkpoints,
     keeps NaN out of its weights, validates at a temperature of its own, says what it is doing in steps that take long, and
     logs completions with images to wandb.
     """

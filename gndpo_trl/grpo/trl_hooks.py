@@ -70,7 +70,8 @@ OVERRIDDEN_METHODS = {
     # Called on all ranks after sampling, with this rank's rows, messages and token ids (padding and the mask of truncated
     # completions come later); returns the rewards `(N, F)` of the completions of all ranks, in rank order.
     "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
-    # Samples all completions of this rank's prompts, with whatever tools or `rollout_func` take part.
+    # Samples all completions of this rank's prompts, with whatever tools or `rollout_func` take part; returns eight things, the
+    # token ids of the completions as the second.
     "_generate": ("self", "prompts"),
     # Samples with `generation_config`, or with vLLM, where `vllm_generation.generation_kwargs` win over its options.
     "_generate_single_turn": None,
