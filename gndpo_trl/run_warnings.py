@@ -105,7 +105,8 @@ def check_sampling(args: GNDPOConfig) -> str | None:
         f"{names} makes the student sample from another distribution than its own, while the tokens are scored under its own: "
         "`reverse_kl` and `score/mean` are then means over what was sampled, no estimates of the divergence between student "
         "and teacher (off by a factor of two is usual), and the gradient is that of these tokens. Compare them among runs "
-        "with the same options alone, or leave these at their defaults."
+        'with the same options alone, or leave these at their defaults; with `estimator="exact"` or `score_baseline="expected"`, '
+        "`score/expected` is an expectation under the whole distributions of the student in any case."
     )
 
 

@@ -26,7 +26,7 @@ from .clock import Clock
 from .config import GNDPOConfig
 from .estimators import Estimator, Models, Reading
 from .estimators.from_config import get_estimator
-from .estimators.reading import settle
+from .estimators.reading import check_says_something, settle
 from .grpo.launch import check_final_save
 from .grpo.loss_seam import SequenceTokenMixin
 from .grpo.ranks import raised_on_all_ranks
@@ -224,10 +224,13 @@ class GNDPOTrainer(SequenceTokenMixin, OnePassMixin, QuestionsMixin, BatchLogsMi
         if reading.reference_logps is None:
             reading.reference_logps = self.models.reference_logps(rollout, batch.rows)
         mask = settle(rollout, reading, self.teacher.may_not_know(batch.rows), self._tokenizer)
+        population = self._population_of(mode, batch.rows)
+        vocab_size = self.model.config.get_text_config().vocab_size
+        who = population.teachers, self.teacher.names
+        check_says_something(reading.teacher_logps, rollout["completion_ids"], mask, vocab_size, *who)
         # Scores in nats, log pi_T - log pi_old, clamped.
         scores = self.score(reading.teacher_logps, reading.student_logps, mask, reading.reference_logps)
         # Whitened over all valid tokens of the generation batch, on all ranks and in all accumulation steps.
-        population = self._population_of(mode, batch.rows)
         advantages, moments = self.estimator.advantages(scores, reading, mask, population)
         check_advantages(self.estimator, advantages, moments, mask)
         # TRL's loss takes them in the place of the rewards' advantages, one for each completion.

@@ -50,6 +50,45 @@ def test_the_checkpoints_own_options_are_left_out_and_named(make_trainer, studen
     assert trainer.model.generation_config == kept and kept.no_repeat_ngram_size == 1  # what is saved
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("no_repeat_ngram_size", 1),
+        ("min_new_tokens", 8),
+        ("bad_words_ids", [[7], [9]]),
+        ("num_beams", 3),
+        ("typical_p", 0.2),
+        ("guidance_scale", 3.0),
+        ("stop_strings", ["one", "two"]),
+        ("num_return_sequences", 2),
+        ("repetition_penalty", 5.0),
+        ("top_k", 1),
+        ("sequence_bias", [[[7], 9.0]]),
+        ("begin_suppress_tokens", [7, 8, 9, 10, 11, 12, 13]),
+        ("forced_eos_token_id", 9),
+        ("max_time", 1e-9),
+    ],
+)
+def test_each_option_of_a_checkpoint_is_neutral(make_trainer, tmp_path, caplog, name, value):
+    """And named, but for those that TRL's own options replace."""
+    expected = sample(make_trainer())
+    model, tokenizer = tiny_models.build_qwen3()
+    model.generation_config.update(do_sample=True, **{name: value})
+    with caplog.at_level(logging.WARNING):
+        trainer = make_trainer(model=tiny_models.save(model, tokenizer, tmp_path / "student"))
+    assert getattr(trainer.model.generation_config, name) == value
+    named = [record.message for record in caplog.records if "generation config has" in record.message]
+    assert sample(trainer) == expected
+    assert name in ("repetition_penalty", "top_k") or f"{name}={value!r}" in named[0]
+
+
+@pytest.mark.parametrize("name", ["num_return_sequences", "n"])
+def test_more_completions_than_prompts_are_refused(make_config, name):
+    make_config(generation_kwargs={name: 1})
+    with pytest.raises(ValueError, match=f"`generation_kwargs` has `{name}` = 2.*Set `num_generations`"):
+        make_config(generation_kwargs={name: 2})
+
+
 def test_what_the_configuration_asks_for_stays(make_trainer, student, caplog):
     with caplog.at_level(logging.WARNING):
         trainer = make_trainer(model=student, generation_kwargs={"bad_words_ids": [[7]], "min_new_tokens": 6})

@@ -18,6 +18,7 @@ from .config_conflicts import conflicts, foreign_words
 from .credentials import credential_problems
 from .evaluation_logs import GREATER_IS_BETTER, LESS_IS_BETTER, best_model_problems, is_greater_better
 from .launch import check_ddp_backend, check_launch
+from .sampling import several_problems
 from .vllm import VLLMConfig
 
 
@@ -164,3 +165,4 @@ class ExtendedGRPOConfig(VLLMConfig):
     def _late_problems(self) -> Iterator[str]:
         """What is wrong once TRL has read the arguments that are given as JSON, and worked out a generation batch."""
         yield from credential_problems(self)
+        yield from several_problems(self)

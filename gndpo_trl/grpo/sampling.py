@@ -42,7 +42,17 @@ PLAIN = {
     "frequency_penalty": (0.0,),
     "no_repeat_ngram_size": (0,),
     "guidance_scale": (1.0,),
+    "min_new_tokens": (0,),
+    "min_tokens": (0,),
+    "bad_words_ids": ([],),
+    "bad_words": ([],),
+    "sequence_bias": ({},),
+    "logit_bias": ({},),
+    "allowed_token_ids": (),
 }
+
+# Options of transformers and of vLLM that sample several completions where TRL counts on one.
+SEVERAL = ("num_return_sequences", "n")
 
 # Where configurations and processors have the ids that stand for what is not text.
 PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id")
@@ -169,6 +179,17 @@ def placeholder_ids(*owners: Any) -> set[int]:
     """Ids that stand for what is no text, as a configuration or a processor has them."""
     found = (getattr(owner, name, None) for name in PLACEHOLDERS for owner in owners)
     return {id for id in found if isinstance(id, int)}
+
+
+def several_problems(args: GRPOConfig) -> Iterator[str]:
+    """Options under which the sampler returns more completions than there are prompts."""
+    for name in SEVERAL:
+        number = (args.generation_kwargs or {}).get(name)
+        if number not in (None, 1):
+            yield (
+                f"`generation_kwargs` has `{name}` = {number!r}, but the sampler is given each prompt as often as it is to answer "
+                "it. Set `num_generations` instead."
+            )
 
 
 def suppress_tokens(trainer: GRPOTrainer, ids: Iterable[int]) -> None:
