@@ -78,8 +78,8 @@ class GNDPOTrainer(SequenceTokenMixin, OnePassMixin, QuestionsMixin, BatchLogsMi
             Teacher: a path, a model id, a loaded model, `"self"` for the student with a prompt of its own
             (`args.teacher_weights`), or anything else that scores tokens, see [`~teachers.Teacher`]. A dictionary of
             such teachers has each score the rows whose column `teacher` holds its name. May be omitted if
-            `args.teacher_model_name_or_path` or `args.teacher_server_url` is set. Image-text students need an image-text
-            teacher.
+            `args.teacher_model_name_or_path` or `args.teacher_server_url` is set. Rows with images need an
+            image-text teacher.
         teacher_processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
             Tokenizer or processor of the teacher, used to check that token ids and images mean the same to both
             models. If `None`, it is loaded from where the teacher came from.

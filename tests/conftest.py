@@ -23,6 +23,7 @@ SLOW = {
         "test_finite_steps",
         "test_head_check",
         "test_loops",
+        "test_mixed_rows",
         "test_notebook",
         "test_pictures",
         "test_pipeline",

@@ -1,7 +1,8 @@
 """Can this teacher score what this student samples? Checked once, before the first step.
 
 The teacher reads the student's own token ids and image tensors, so an id must mean the same token to both, and an
-image must become the same tensors and placeholders for both. Sizes of padded vocabularies need not agree.
+image must become the same tensors and placeholders for both. Sizes of padded vocabularies need not agree. A teacher of text
+may teach an image-text student where there are no images.
 """
 
 import os
@@ -83,6 +84,11 @@ class ModelDescription:
         return self.processing_class.tokenizer if is_processor else self.processing_class
 
     @property
+    def reads_images(self) -> bool:
+        """Whether it is more than a model of text; one of which nothing is known may be."""
+        return self.config is None or self.config.get_text_config() is not self.config
+
+    @property
     def stop_ids(self) -> set[int]:
         """Token ids that end its turn: those of its generation configuration, and its tokenizer's."""
         ids = self.generation_config.eos_token_id if self.generation_config is not None else None
@@ -161,18 +167,11 @@ def check_compatibility(student: ModelDescription, teacher: ModelDescription) ->
         teacher ([`ModelDescription`]): Teacher. An unknown processing class is warned about.
 
     Raises:
-        `ValueError`: if a token id means different tokens, if an image-text student has a text-only teacher, or if
-            the two prepare images differently.
+        `ValueError`: if a token id means different tokens, or if the two prepare images differently.
     """
     if student.processing_class is None:
         return  # TRL refuses the student
     is_vlm = isinstance(student.processing_class, ProcessorMixin)
-    if is_vlm and teacher.config.get_text_config() is teacher.config:
-        raise ValueError(
-            f"The student ({student.name}) reads images, but the teacher ({teacher.name}) is text-only and cannot score "
-            "what the student says about them. Choose an image-text teacher as `teacher_model`, or pass a tokenizer as "
-            "`processing_class` to train the student on text alone."
-        )
     if teacher.processing_class is None:
         warnings.warn(
             "The teacher's tokenizer is unknown, because `teacher_model` is a loaded model that does not say where it "
@@ -181,18 +180,27 @@ def check_compatibility(student: ModelDescription, teacher: ModelDescription) ->
             stacklevel=2,
         )
         return
-    check_vocabularies(student.tokenizer, teacher.tokenizer)
-    if is_vlm:
+    # A teacher of text has rows without images alone, and need not know the tokens around them.
+    check_vocabularies(student.tokenizer, teacher.tokenizer, knows_special=not is_vlm or teacher.reads_images)
+    if is_vlm and teacher.reads_images:
         check_images(student, teacher)
     warn_on_special_tokens(student, teacher)
     warn_on_chat_template(student, teacher)
 
 
-def check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError`, naming the first ids, if a token id of the student is another token to the teacher."""
+def check_vocabularies(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, knows_special: bool = True
+) -> None:
+    """
+    Raise `ValueError`, naming the first ids, if a token id of the student is another token to the teacher. Unless the teacher
+    `knows_special`, it may lack special tokens that were added to the student's.
+    """
     student_tokens = {id: token for token, id in student.get_vocab().items()}
     teacher_tokens = {id: token for token, id in teacher.get_vocab().items()}
     conflicts = [id for id in sorted(student_tokens) if teacher_tokens.get(id) != student_tokens[id]]
+    if not knows_special:
+        added = student.added_tokens_decoder
+        conflicts = [id for id in conflicts if id in teacher_tokens or id not in added or not added[id].special]
     if conflicts:
         named = "; ".join(
             f"id {id} is {student_tokens[id]!r} to the student and "
