@@ -16,6 +16,7 @@ from PIL import Image
 from transformers import ProcessorMixin, Trainer
 from trl import prepare_multimodal_messages
 
+from .branch_attention import core_of
 from .data_checks import by_argument, rows_with_images
 from .pictures import IMAGE_COLUMNS, pictures_in
 from .trl_hooks import MULTIMODAL_KEYS
@@ -45,6 +46,16 @@ class MixedRowsMixin:
         if self.accelerator.num_processes > 1:
             picture = picture_row(self.processing_class, self.chat_template, self.chat_template_kwargs)
             self._passes.picture = Trainer._prepare_inputs(self, picture)
+
+    def get_decay_parameter_names(self, model):
+        """In a run of text alone, nothing of a vision tower, which has no gradient: DeepSpeed and FSDP would have it decay."""
+        names = super().get_decay_parameter_names(model)
+        if not self._is_vlm or self._sees_pictures:
+            return names
+        core = core_of(self.accelerator.unwrap_model(self.model))
+        of_text = {*core.get_decoder().parameters(), *core.get_output_embeddings().parameters()}
+        used = {name for name, parameter in model.named_parameters() if parameter in of_text}
+        return [name for name in names if name in used]
 
     def _tokenize_prompts(self, prompts: list):
         prompt_ids, images, fields = super()._tokenize_prompts(prompts)

@@ -77,9 +77,8 @@ class ExtendedGRPOTrainer(
                 (prompt_ids, *_), *_ = self._tokenize_prompts([prompt])
                 check_length(where, len(prompt_ids), self._positions)
         self._has_whole_prompts = not brings_columns
-        if self._is_vlm and (
-            may_have_pictures(*datasets) or seen.with_pictures is not None or brings_columns or self.tools
-        ):
+        others = self.tools or self.environment_factories is not None  # which may bring some
+        if self._is_vlm and (may_have_pictures(*datasets) or seen.with_pictures is not None or others):
             self._see_pictures()
 
     def train(self, *args, **kwargs):

@@ -88,6 +88,8 @@ OVERRIDDEN_METHODS = {
     # of the completions in `_logs`, none for 0, and hands a table of them to wandb and trackio. It adds `_metrics[mode]` to
     # `logs` (as `eval_{name}` in evaluation), has transformers log that, and comes to completions after it.
     "log": ("self", "logs", "start_time"),
+    # Which parameters AdamW has decay.
+    "get_decay_parameter_names": ("self", "model"),
     # Called once when a run resumes, before the first micro-batch; the trainer's state is there by then.
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
     # Load the weights of a folder by name into `self.model`, and hand what did not fit to the third.
