@@ -90,6 +90,9 @@ class GNDPOConfig(ExtendedGRPOConfig):
             Number of completions per prompt. Distillation compares no completions of a prompt, so that one of each of
             many prompts says most for its tokens. More are needed for `reward_coef`, and share their prompt in forward
             passes.
+        stop_at_teacher_eos (`bool`, *optional*, defaults to `True`):
+            Whether sampling also stops at the tokens with which the teacher ends its turns, where the student has them and
+            would sample on: an instruct teacher leads a base student to say them. The saved student stops there, too.
 
         > Parameters that control the evaluation
 
@@ -119,6 +122,9 @@ class GNDPOConfig(ExtendedGRPOConfig):
             Whether a forward pass computes a prompt, with its images, once for all of its completions. `None` does so
             where the model is found to compute the same and at least a quarter of the tokens is saved; the log names the
             models that keep separate rows, and why. `True` raises an error instead. `False` keeps separate rows.
+        mask_repeating_completions (`bool`, *optional*, defaults to `False`):
+            Whether completions that end in a loop, of at most 64 tokens at least four times, are left out of the loss and of
+            all statistics. `completions/repeating_ratio` counts them in any case.
         max_skipped_steps (`int`, *optional*, defaults to `5`):
             Steps in a row whose loss or gradient is not finite, after which the run ends with a checkpoint. Such a step
             changes no weight.
@@ -341,6 +347,14 @@ class GNDPOConfig(ExtendedGRPOConfig):
             "help": "Number of completions per prompt. Distillation compares no completions of a prompt, so that one of each "
             "of many prompts says most for its tokens. More are needed for `reward_coef`, and share their prompt in forward "
             "passes."
+        },
+    )
+    stop_at_teacher_eos: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether sampling also stops at the tokens with which the teacher ends its turns, where the student has "
+            "them and would sample on: an instruct teacher leads a base student to say them. The saved student stops there, "
+            "too."
         },
     )
 

@@ -40,6 +40,9 @@ class GSPOConfig(ExtendedGRPOConfig):
             Number of optimizer steps between two logs of completions, with `log_completions`: in the terminal, in files
             and in wandb. The first log at or after each multiple of it has them. `None` spreads 100 over the run; 1 logs
             them with every log. The very first log and the last step have them in any case.
+        mask_repeating_completions (`bool`, *optional*, defaults to `False`):
+            Whether completions that end in a loop, of at most 64 tokens at least four times, are left out of the loss and of
+            all statistics. `completions/repeating_ratio` counts them in any case.
         max_skipped_steps (`int`, *optional*, defaults to `5`):
             Steps in a row whose loss or gradient is not finite, after which the run ends with a checkpoint. Such a step
             changes no weight.

@@ -52,6 +52,9 @@ TEACHER_SHARE = 0.5
 DRIFT_FACTOR = 3
 DRIFT = 0.01
 
+# Share of completions that end in a loop. Trained models get into some; a student that is being ruined does so more and more.
+MANY_LOOPS = 0.1
+
 # Entries of the log of training, each with its "step".
 History = list[dict[str, float | None]]
 
@@ -102,7 +105,8 @@ def check_sampling(args: GNDPOConfig) -> str | None:
         f"{names} makes the student sample from another distribution than its own, while the tokens are scored under its own: "
         "`reverse_kl` and `score/mean` are then means over what was sampled, no estimates of the divergence between student "
         "and teacher (off by a factor of two is usual), and the gradient is that of these tokens. Compare them among runs "
-        "with the same options alone, or leave these at their defaults."
+        'with the same options alone, or leave these at their defaults; with `estimator="exact"` or `score_baseline="expected"`, '
+        "`score/expected` is an expectation under the whole distributions of the student in any case."
     )
 
 
@@ -268,6 +272,27 @@ def check_entropy(history: History, args: GNDPOConfig) -> str | None:
     )
 
 
+def check_loops(history: History, args: GNDPOConfig) -> str | None:
+    """Many completions go round in circles until they are cut off."""
+    share = latest(history, "completions/repeating_ratio")
+    if share is None or share <= MANY_LOOPS:
+        return None
+    learned = (
+        "which are left out of the loss"
+        if args.mask_repeating_completions
+        else "and the teacher finds what has been said three times likely the fourth time, so that they count as good"
+    )
+    remedy = (
+        "" if args.mask_repeating_completions else "set `mask_repeating_completions: true`, which leaves them out; "
+    )
+    return (
+        f"{share:.0%} of the completions end in a loop, saying the same until they stop or are cut off, {learned}. Look at some; "
+        f"{remedy}lower `learning_rate` ({args.learning_rate:g}) or go back to an earlier checkpoint if they have become more; "
+        f"lower `max_completion_length` ({args.max_completion_length}) if the answers need fewer tokens; and if the student "
+        "came with them, train it on the teacher's completions first."
+    )
+
+
 def check_teacher_time(history: History, args: GNDPOConfig) -> str | None:
     """Most of the time goes to the teacher."""
     scoring, step = latest(history, "time/teacher_scoring"), latest(history, "step_time")
@@ -305,6 +330,7 @@ CHECKS = (
     check_length,
     check_handful,
     check_entropy,
+    check_loops,
     check_teacher_time,
     check_drift,
 )

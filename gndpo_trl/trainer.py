@@ -26,12 +26,12 @@ from .clock import Clock
 from .config import GNDPOConfig
 from .estimators import Estimator, Models, Reading
 from .estimators.from_config import get_estimator
-from .estimators.reading import settle
+from .estimators.reading import check_says_something, settle
 from .grpo.launch import check_final_save
 from .grpo.loss_seam import SequenceTokenMixin
 from .grpo.ranks import raised_on_all_ranks
 from .grpo.rollouts import valid_tokens
-from .grpo.sampling import suppress_tokens
+from .grpo.sampling import stop_at, suppress_tokens
 from .grpo.trainer import ExtendedGRPOTrainer
 from .grpo.trl_hooks import get_config_model_id
 from .grpo.vllm import check_sampling_logps
@@ -78,8 +78,8 @@ class GNDPOTrainer(SequenceTokenMixin, OnePassMixin, QuestionsMixin, BatchLogsMi
             Teacher: a path, a model id, a loaded model, `"self"` for the student with a prompt of its own
             (`args.teacher_weights`), or anything else that scores tokens, see [`~teachers.Teacher`]. A dictionary of
             such teachers has each score the rows whose column `teacher` holds its name. May be omitted if
-            `args.teacher_model_name_or_path` or `args.teacher_server_url` is set. Image-text students need an image-text
-            teacher.
+            `args.teacher_model_name_or_path` or `args.teacher_server_url` is set. Rows with images need an
+            image-text teacher.
         teacher_processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
             Tokenizer or processor of the teacher, used to check that token ids and images mean the same to both
             models. If `None`, it is loaded from where the teacher came from.
@@ -167,7 +167,7 @@ class GNDPOTrainer(SequenceTokenMixin, OnePassMixin, QuestionsMixin, BatchLogsMi
         self.mix = partial(mix_advantages, distillation_coef=args.distillation_coef, reward_coef=args.reward_coef)
         self.estimator = self.surrogate = get_estimator(estimator, args, self.score, self.population, self.mix)
         self.estimator.check(self.teacher)
-        check_scorers(self._scorers, model, processing_class, args)
+        stop_ids = check_scorers(self._scorers, model, processing_class, args)
 
         super().__init__(
             model=model,
@@ -199,6 +199,7 @@ class GNDPOTrainer(SequenceTokenMixin, OnePassMixin, QuestionsMixin, BatchLogsMi
         self.estimator.prepare(self.models)
         self.add_callback(RunWarnings())
         suppress_padding_ids(self)
+        stop_at(self, stop_ids)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         mode = "train" if self.model.training else "eval"
@@ -223,10 +224,13 @@ class GNDPOTrainer(SequenceTokenMixin, OnePassMixin, QuestionsMixin, BatchLogsMi
         if reading.reference_logps is None:
             reading.reference_logps = self.models.reference_logps(rollout, batch.rows)
         mask = settle(rollout, reading, self.teacher.may_not_know(batch.rows), self._tokenizer)
+        population = self._population_of(mode, batch.rows)
+        vocab_size = self.model.config.get_text_config().vocab_size
+        who = population.teachers, self.teacher.names
+        check_says_something(reading.teacher_logps, rollout["completion_ids"], mask, vocab_size, *who)
         # Scores in nats, log pi_T - log pi_old, clamped.
         scores = self.score(reading.teacher_logps, reading.student_logps, mask, reading.reference_logps)
         # Whitened over all valid tokens of the generation batch, on all ranks and in all accumulation steps.
-        population = self._population_of(mode, batch.rows)
         advantages, moments = self.estimator.advantages(scores, reading, mask, population)
         check_advantages(self.estimator, advantages, moments, mask)
         # TRL's loss takes them in the place of the rewards' advantages, one for each completion.
@@ -297,20 +301,25 @@ def population_of(args: GNDPOConfig, teacher: Teacher) -> Population:
 def suppress_padding_ids(trainer: GNDPOTrainer) -> None:
     """Keep a student whose vocabulary is padded further than its teacher's from sampling the rows beyond: no tokens."""
     known, vocab_size = trainer.teacher.vocab_size, trainer.model.config.get_text_config().vocab_size
-    if known is not None and known < vocab_size and not trainer.use_vllm:
+    if known is not None and known < vocab_size:
         suppress_tokens(trainer, range(known, vocab_size))
 
 
-def check_scorers(scorers: list[Teacher], model: Any, processing_class: Any, args: GNDPOConfig) -> None:
-    """Have teacher and reference compare themselves with the student, before the weights of any are loaded."""
+def check_scorers(scorers: list[Teacher], model: Any, processing_class: Any, args: GNDPOConfig) -> set[int]:
+    """
+    Have teacher and reference compare themselves with the student, before the weights of any are loaded; the token ids that
+    sampling has to stop at beside the student's own.
+    """
     kwargs = args.model_init_kwargs or {}
     trust_remote_code = kwargs.get("trust_remote_code", args.trust_remote_code)
     description = describe("model", model, processing_class, kwargs.get("revision"), trust_remote_code)
     description.template_kwargs = args.chat_template_kwargs or {}
     own_kwargs = args.teacher_chat_template_kwargs or {}
     description.teacher_template_kwargs = {**description.template_kwargs, **own_kwargs}
+    description.adopted_stop_ids = set() if args.stop_at_teacher_eos else None
     for scorer in scorers:
         scorer.check(description)
+    return description.adopted_stop_ids or set()
 
 
 def check_arguments(

@@ -19,7 +19,16 @@ torch.set_num_threads(1)
 SLOW = {
     *("test_arms", "test_checkpoints", "test_digits", "test_eval_temperature", "test_evaluate", "test_expectation"),
     *("test_configurations", "test_precision", "test_rows"),
-    *("test_finite_steps", "test_head_check", "test_notebook", "test_pictures", "test_pipeline", "test_pretrained"),
+    *(
+        "test_finite_steps",
+        "test_head_check",
+        "test_loops",
+        "test_mixed_rows",
+        "test_notebook",
+        "test_pictures",
+        "test_pipeline",
+        "test_pretrained",
+    ),
     *("test_recipes", "test_report", "test_rewards_beside_teacher", "test_routed_teachers", "test_run_warnings"),
     *("test_self_distillation", "test_self_teacher", "test_server_teacher", "test_shared_prompts", "test_sharing"),
     *("test_step_progress", "test_teacher_prompt_fn", "test_token_page", "test_token_view", "test_train_script"),

@@ -119,7 +119,7 @@ class Table(Teacher):
     """Finds a token as likely as a table says, wherever it stands."""
 
     def __init__(self, seconds: float = 0.0, **logps: float):
-        self.logps = torch.full((NUM_TOKENS,), -math.log(NUM_TOKENS))
+        self.logps = -math.log(NUM_TOKENS) - 1e-3 * torch.arange(NUM_TOKENS)  # all the same would say nothing
         for token, logp in logps.items():
             self.logps[int(token.removeprefix("token_"))] = logp
         self.seconds = seconds

@@ -29,26 +29,11 @@ def with_images(image_dataset: Dataset, missing: list[int], value) -> Dataset:
 @pytest.mark.parametrize("family", ["internvl", "qwen25vl"])
 @pytest.mark.parametrize("value", [None, []])
 def test_rows_without_images_beside_rows_with_images(make_trainer, image_dataset, family, value):
+    """tests/test_mixed_rows.py has what becomes of them."""
     dataset = with_images(image_dataset, [2, 5], value)
-    message = (
-        r"2 of 8 rows of `train_dataset` have no images in the column `images`; the first is row 2.*runs of their own"
-    )
-    with pytest.raises(ValueError, match=message):
-        make_trainer(family, trainer_options={"train_dataset": dataset})
-    with pytest.raises(ValueError, match="`eval_dataset`"):
-        make_trainer(family, trainer_options={"eval_dataset": dataset})
-    kept = dataset.filter(lambda row: row["images"])
-    assert len(kept) == 6
-    trainer = make_trainer(family, max_steps=3, trainer_options={"train_dataset": kept})
+    trainer = make_trainer(family, max_steps=3, trainer_options={"train_dataset": dataset, "eval_dataset": dataset})
     trainer.train()
     assert trainer.state.global_step == 3
-
-
-def test_rows_are_counted_as_they_are_selected(make_trainer, image_dataset):
-    dataset = with_images(image_dataset, [2, 5], None)
-    with pytest.raises(ValueError, match="1 of 3 rows .* the first is row 2"):
-        make_trainer("internvl", trainer_options={"train_dataset": dataset.select([7, 0, 5])})
-    make_trainer("internvl", trainer_options={"train_dataset": dataset.select([7, 0, 1])})
 
 
 def test_a_single_image_in_each_row(make_trainer, image_dataset):
@@ -58,23 +43,22 @@ def test_a_single_image_in_each_row(make_trainer, image_dataset):
     with pytest.raises(ValueError, match="holds one image per row, not a list of them. Rename it to `image`"):
         make_trainer("internvl", trainer_options={"train_dataset": dataset.rename_column("image", "images")})
     dataset = Dataset.from_dict({**rows, "image": [*rows["image"][:3], None]}).cast_column("image", ImageFeature())
-    with pytest.raises(ValueError, match="1 of 4 rows .* column `image`; the first is row 3"):
-        make_trainer("internvl", trainer_options={"train_dataset": dataset})
+    make_trainer("internvl", trainer_options={"train_dataset": dataset}).train()
 
 
 def test_a_column_without_any_image(make_trainer, image_dataset):
-    with pytest.raises(ValueError, match="8 of 8 rows .*Remove the column"):
+    with pytest.raises(ValueError, match="None of the 8 rows of `train_dataset` has an image .*Remove the column"):
         make_trainer("internvl", trainer_options={"train_dataset": with_images(image_dataset, list(range(8)), None)})
 
 
-def test_a_stream_that_changes_its_kind_stops_with_a_word(make_trainer, image_dataset):
+def test_a_stream_may_change_its_kind(make_trainer, image_dataset):
     def stream():
         yield from with_images(image_dataset, [5], [])
 
     dataset = IterableDataset.from_generator(stream, features=image_dataset.features)
     trainer = make_trainer("internvl", max_steps=4, shuffle_dataset=False, trainer_options={"train_dataset": dataset})
-    with pytest.raises(ValueError, match="A row has no images, unlike those before it.*what is the sum"):
-        trainer.train()
+    trainer.train()
+    assert trainer.state.global_step == 4
 
 
 @pytest.mark.parametrize("num_rows", [0, 3])

@@ -4,8 +4,12 @@ import math
 import os
 
 import pytest
+import tiny_models
 import torch
 from helpers import Table
+
+from gndpo_trl.estimators.reading import check_says_something
+from gndpo_trl.grpo.checkpoints import RunCannotGoOn
 
 
 DTYPES = ["float32", "bfloat16", "float16"]
@@ -96,3 +100,43 @@ def test_a_student_that_is_its_teacher_stays_finite(make_trainer, checkpoints, o
     )
     trainer.train()
     assert_trained(trainer, STEPS, moves=False)
+
+
+@pytest.mark.parametrize("options", [{}, {"advantage_normalization": "none"}, {"estimator": "exact"}])
+def test_a_teacher_that_says_nothing_ends_the_run(make_trainer, options):
+    """All tokens are equally likely to it, as to a model without its weights."""
+    model, tokenizer = tiny_models.build_qwen3()
+    model.lm_head.weight.data.zero_()
+    teacher = {"teacher_model": model, "trainer_options": {"teacher_processing_class": tokenizer}}
+    trainer = make_trainer(max_steps=3, **teacher, **options)
+    before = {name: weight.clone() for name, weight in trainer.model.state_dict().items()}
+    with pytest.raises(RunCannotGoOn, match=r"The teacher gives each of \d+ tokens the same log-prob, -3.497 nats"):
+        trainer.train()
+    assert all(torch.equal(weight, before[name]) for name, weight in trainer.model.state_dict().items())
+
+
+def test_one_of_several_that_says_nothing_is_named(make_trainer, text_dataset, checkpoints):
+    class Nothing(Table):
+        def per_token_logps(self, rollout):
+            return torch.full_like(super().per_token_logps(rollout), -2.0)
+
+    rows = text_dataset.add_column("teacher", ["model", "nothing"] * (len(text_dataset) // 2))
+    teachers = {"model": checkpoints["qwen3-teacher"], "nothing": Nothing()}
+    trainer = make_trainer(
+        teacher_model=teachers, per_device_train_batch_size=8, trainer_options={"train_dataset": rows}
+    )
+    with pytest.raises(RunCannotGoOn, match="The teacher 'nothing' gives each of"):
+        trainer.train()
+
+
+def test_what_says_something_after_all():
+    mask, ids = torch.ones(2, 8, dtype=torch.bool), torch.arange(16).view(2, 8)
+    same = torch.full((2, 8), -3.5)
+    with pytest.raises(RunCannotGoOn, match="each of 16 tokens the same log-prob, -3.5 nats"):
+        check_says_something(same, ids, mask, 33)
+    check_says_something(same, torch.ones_like(ids), mask, 33)  # of one token
+    check_says_something(same, ids, mask & (ids < 7), 33)  # of too few
+    check_says_something(torch.zeros(2, 8), ids, mask, 33)  # of which it is sure
+    check_says_something(torch.full((2, 8), -30.0), ids, mask, 33)  # that it all but excludes
+    check_says_something(same.index_fill(1, torch.tensor([3]), -3.4), ids, mask, 33)
+    check_says_something(same, ids, mask & False, 33)

@@ -182,6 +182,11 @@ def test_a_truncated_sampler_is_named_before_the_first_step(make_trainer):
         ({"top_p": 0.5, "generation_kwargs": {"top_p": 1.0, "typical_p": 0.9}}, ["`typical_p` (0.9)"]),
         ({"temperature": 0.7, "generation_kwargs": {"temperature": 1.0}}, ["`temperature` (1.0)"]),
         ({"temperature": 0.7, "generation_kwargs": {"temperature": 0.7, "num_beams": 2}}, ["`num_beams`"]),
+        (
+            {"generation_kwargs": {"min_new_tokens": 4, "bad_words_ids": [[7]]}},
+            ["`min_new_tokens`", "`bad_words_ids`"],
+        ),
+        ({"generation_kwargs": {"no_repeat_ngram_size": 0, "stop_strings": ["one"]}}, []),
     ],
 )
 def test_what_truncates_the_sampler(make_config, options, names):

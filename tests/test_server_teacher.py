@@ -256,7 +256,7 @@ def test_two_servers_share_the_rows_and_the_other_goes_on_alone(make_served, ser
         server.requests.clear()
     rollout = make_rollout(trainer)
     assert all(server.rows for server in servers)
-    assert not {*servers[0].rows} & {*servers[1].rows}
+    assert len({*servers[0].rows} & {*servers[1].rows}) == 1  # whose answers are compared
     servers[0].stop()
     trainer.train()
     assert trainer.state.global_step == 3 and logged(trainer, "teacher/unknown_tokens") == [0, 0, 0]
@@ -695,6 +695,42 @@ def test_servers_of_different_models(make_served, serve, checkpoints):
     other.misbehave = lambda path, body, answer: (200, {"data": [{"id": "another"}]})
     with pytest.raises(ValueError, match=rf"{server.url} runs 'teacher' and {other.url} runs 'another'"):
         make_served(server.url, other.url)
+
+
+def test_servers_that_come_to_differ_end_the_run(make_served, serve, tmp_path):
+    """One that is restarted with another model, or loses its weights: found by a row of each batch that both are asked."""
+    servers = [serve() for _ in range(3)]
+    trainer = make_served(*(server.url for server in servers), max_steps=8)
+    trainer.teacher.request_tokens = 1  # a request for each row
+
+    class Change(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 3:
+                servers[1].model.lm_head.weight.data.mul_(5)
+
+    trainer.add_callback(Change())
+    with pytest.raises(
+        RunCannotGoOn, match="different models: for the same tokens, .* on average.*ended after step [3-5]"
+    ):
+        trainer.train()
+
+
+@pytest.mark.parametrize("options", [{}, {"estimator": "exact", "teacher_top_k": 4}])
+def test_a_server_that_has_lost_its_weights_ends_the_run_with_a_checkpoint(make_served, serve, options):
+    server = serve()
+    trainer = make_served(server.url, max_steps=4, **options)
+
+    class Wake(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                server.model.lm_head.weight.data.zero_()
+
+    trainer.add_callback(Wake())
+    message = (
+        r"gives each of \d+ tokens the same log-prob, -3.497 nats \(that of one token among 33.*ended after step 2"
+    )
+    with pytest.raises(RunCannotGoOn, match=message):
+        trainer.train()
 
 
 def test_one_of_several_models_is_chosen_by_name(make_served, serve, checkpoints):

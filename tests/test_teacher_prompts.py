@@ -276,8 +276,7 @@ def test_columns_that_would_be_lost_or_could_not_be_read_are_refused(
         make(Dataset.from_list(rows), "internvl")
     rows = [{**row, "teacher_prompt": message("one"), "teacher_images": None} for row in rows]
     rows[0]["teacher_images"] = pictures[0]
-    with pytest.raises(ValueError, match="23 of 24 rows of `train_dataset` have neither .* the first is row 1"):
-        make(Dataset.from_list(rows), "internvl")
+    make_rollout(make(Dataset.from_list(rows), "internvl"))  # in some rows alone
     text = [{**row, "teacher_prompt": "one"} for row in image_dataset]
     with pytest.raises(ValueError, match="`teacher_prompt`: the prompt is text, but has pictures"):
         make_rollout(make(Dataset.from_list(text), "internvl"))

@@ -1,5 +1,6 @@
 """What was read of the sampled tokens, and whether it is to be trusted."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,10 +8,16 @@ import torch
 from accelerate.utils import gather
 from transformers import PreTrainedTokenizerBase
 
+from ..grpo.checkpoints import RunCannotGoOn
 from ..grpo.hidden_states import HiddenStates
 from ..grpo.ranks import raised_on_all_ranks
 from ..grpo.rollouts import check_finite, leave_out, valid_tokens
 from ..objective.distributions import Comparison
+
+
+# A teacher that gives so many tokens log-probs that differ by less than so many nats says nothing, if they are those of one
+# token among equal ones: as many as the student's vocabulary has, or up to so many times more or less in another's.
+FEWEST_TOKENS, SAME, OTHER_VOCABULARY = 8, 1e-4, 10
 
 
 @dataclass
@@ -93,3 +100,47 @@ def settle(
         if reading.reference_logps is not None:
             check_finite("reference", reading.reference_logps, rollout, mask, tokenizer)
     return mask & reading.student_logps.isfinite() if reading.is_estimate else mask
+
+
+def check_says_something(
+    logps: torch.Tensor,
+    ids: torch.Tensor,
+    mask: torch.Tensor,
+    vocab_size: int,
+    teachers: torch.Tensor | None = None,
+    names: tuple[str, ...] = (),
+) -> None:
+    """
+    Raise where a teacher finds every token as likely as any other: the answer of a model that has lost its weights, as of a
+    server that was put to sleep and woken again. All ranks call it together, and raise together.
+
+    Args:
+        logps (`torch.Tensor` of shape `(B, T)`): The teacher's log-probs of the sampled tokens, in nats.
+        ids (`torch.Tensor` of shape `(B, T)`): The sampled tokens.
+        mask (`torch.Tensor` of shape `(B, T)`): True on the tokens whose log-probs are known.
+        vocab_size (`int`): Size of the student's vocabulary.
+        teachers (`torch.Tensor` of shape `(B,)`, *optional*): Number of each row's teacher, if there are several.
+        names (`tuple[str, ...]`, *optional*): Their names.
+
+    Raises:
+        [`~grpo.checkpoints.RunCannotGoOn`]: with the log-prob, and what to look at.
+    """
+    found = []
+    for number in range(len(names) or 1):
+        is_its = mask if teachers is None else mask & (teachers.to(mask.device) == number).unsqueeze(-1)
+        values = torch.stack([logps[is_its].float(), ids[is_its].float()])
+        lows, highs = (values.amin(1), values.amax(1)) if values.numel() else (2 * [math.inf], 2 * [-math.inf])
+        found.append(torch.tensor([values.size(1), *lows, *highs]))
+    ranks = gather(torch.stack(found).unsqueeze(0).to(mask.device))
+    counts, lows, highs = ranks[..., 0].sum(0), ranks[..., 1:3].amin(0), ranks[..., 3:].amax(0)
+    for number, (count, (low, low_id), (high, high_id)) in enumerate(
+        zip(counts.tolist(), lows.tolist(), highs.tolist(), strict=True)
+    ):
+        is_uniform = abs(low + math.log(vocab_size)) < math.log(OTHER_VOCABULARY)
+        if count >= FEWEST_TOKENS and low_id < high_id and high - low < SAME and is_uniform:
+            who = f"The teacher {names[number]!r}" if names else "The teacher"
+            raise RunCannotGoOn(
+                f"{who} gives each of {count:.0f} tokens the same log-prob, {low:.4g} nats (that of one token among "
+                f"{math.exp(-low):.0f} equal ones), so that it says nothing. Look at its weights; a server that slept and was "
+                "woken may have lost them: restart it."
+            )

@@ -18,6 +18,7 @@ from .config_conflicts import conflicts, foreign_words
 from .credentials import credential_problems
 from .evaluation_logs import GREATER_IS_BETTER, LESS_IS_BETTER, best_model_problems, is_greater_better
 from .launch import check_ddp_backend, check_launch
+from .sampling import several_problems
 from .vllm import VLLMConfig
 
 
@@ -43,6 +44,9 @@ class ExtendedGRPOConfig(VLLMConfig):
             Whether a forward pass computes a prompt, with its images, once for all of its completions. `None` does so
             where the model is found to compute the same and at least a quarter of the tokens is saved; the log names the
             models that keep separate rows, and why. `True` raises an error instead. `False` keeps separate rows.
+        mask_repeating_completions (`bool`, *optional*, defaults to `False`):
+            Whether completions that end in a loop, of at most 64 tokens at least four times, are left out of the loss and of
+            all statistics. `completions/repeating_ratio` counts them in any case.
         log_completions_steps (`int`, *optional*):
             Number of optimizer steps between two logs of completions, with `log_completions`: in the terminal, in files
             and in wandb. The first log at or after each multiple of it has them. `None` spreads 100 over the run; 1 logs
@@ -89,6 +93,13 @@ class ExtendedGRPOConfig(VLLMConfig):
             "does so where the model is found to compute the same and at least a quarter of the tokens is saved; the log "
             "names the models that keep separate rows, and why. `True` raises an error instead. `False` keeps separate "
             "rows."
+        },
+    )
+    mask_repeating_completions: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether completions that end in a loop, of at most 64 tokens at least four times, are left out of the loss "
+            "and of all statistics. `completions/repeating_ratio` counts them in any case."
         },
     )
     log_completions_steps: int | None = field(
@@ -154,3 +165,4 @@ class ExtendedGRPOConfig(VLLMConfig):
     def _late_problems(self) -> Iterator[str]:
         """What is wrong once TRL has read the arguments that are given as JSON, and worked out a generation batch."""
         yield from credential_problems(self)
+        yield from several_problems(self)

@@ -12,7 +12,7 @@ from datasets import Image as ImageFeature
 from transformers import ProcessorMixin
 from trl import GRPOConfig
 
-from .pictures import IMAGE_COLUMNS, is_url, pictures_in, pictures_in_column, with_parts_alike
+from .pictures import IMAGE_COLUMNS, is_url
 from .row_checks import RowsSeen, check_no_videos
 from .trl_hooks import REWARD_ARGUMENTS
 
@@ -139,7 +139,7 @@ def check_size(field: str, num_rows: int, args: GRPOConfig) -> None:
 
 
 def check_image_column(field: str, dataset: Dataset) -> None:
-    """Raise `ValueError` if some rows have images and others none, or if lists of images are no lists."""
+    """Raise `ValueError` if lists of images are no lists, or all are empty."""
     column = next((name for name in IMAGE_COLUMNS if name in dataset.column_names), None)
     if column is None:
         return
@@ -148,19 +148,10 @@ def check_image_column(field: str, dataset: Dataset) -> None:
             f"The column `images` of `{field}` holds one image per row, not a list of them. Rename it to `image`, or "
             "put each image into a list."
         )
-    has_images = rows_with_images(dataset, column)
-    if not has_images.all():
-        without = len(has_images) - has_images.sum()
-        first = int((~has_images).argmax())
-        remedy = (
-            "Remove the column."
-            if not has_images.any()
-            else "A forward pass takes images for all of its rows or for none, on all ranks. Train on the two kinds in "
-            f"runs of their own: `dataset.filter(lambda row: row[{column!r}])`, and the rest without the column."
-        )
+    if not rows_with_images(dataset, column).any():
         raise ValueError(
-            f"{without} of {len(has_images)} rows of `{field}` have no images in the column `{column}`; the first is row "
-            f"{first}. {remedy}"
+            f"None of the {len(dataset)} rows of `{field}` has an image in the column `{column}`. Remove the column, or look why "
+            "they are not there."
         )
 
 
@@ -279,31 +270,3 @@ def check_images_are_read(processing_class: Any, train_dataset: Any, eval_datase
                 "that reads images, pass the processor (`AutoProcessor.from_pretrained`) as `processing_class`; else train "
                 "an image-text model, or remove the column."
             )
-
-
-def check_images_alike(rows: list[dict[str, Any]], before: bool | None = None) -> bool:
-    """
-    Raise if some rows of a batch have images and others none; for data that cannot be looked at beforehand.
-
-    Args:
-        rows (`list[dict]`): Rows of one rank.
-        before (`bool`, *optional*): Whether the rows of earlier batches have images.
-
-    Returns:
-        `bool`: whether these rows have images.
-
-    Raises:
-        `ValueError`: naming the prompt of the row that is unlike the others.
-    """
-    for row in rows:
-        prompt = row.get("prompt")
-        in_messages = pictures_in(with_parts_alike(prompt)) if isinstance(prompt, list) else None
-        found = bool(pictures_in_column(row) or in_messages)
-        before = found if before is None else before
-        if found != before:
-            raise ValueError(
-                f"A row has {'images' if found else 'no images'}, unlike those before it (prompt: "
-                f"{str(row.get('prompt'))[:200]!r}). A forward pass takes images for all of its rows or for none, on all "
-                "ranks. Train on the two kinds in runs of their own."
-            )
-    return before

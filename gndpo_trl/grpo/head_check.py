@@ -14,6 +14,7 @@ from peft.utils import TrainableTokensWrapper
 from .branch_attention import core_of
 from .hidden_states import head_of
 from .microbatches import LeftAligned, select_rows
+from .mixed_rows import without_empty_pictures
 from .modes import evaluating
 from .routers import quiet_routers
 from .trl_hooks import HeadCall, HeadFields, lm_head_read_by
@@ -56,7 +57,7 @@ class HeadCheckMixin:
         key = (core, adapters_of(core))
         if key in self._checked_heads:
             return
-        batch, tokens = self._probe(rows)
+        batch, tokens = self._probe(rows, self._passes.picture_for(model))
         problem = None
         with torch.no_grad(), evaluating(model), quiet_routers(core):
             try:
@@ -83,13 +84,20 @@ class HeadCheckMixin:
             raise ValueError(self._words(core, found, own, problem)) from problem
         self._checked_heads.add(key)
 
-    def _probe(self, rows: dict[str, Any]) -> tuple[dict[str, Any], int]:
-        """The row with the shortest prompt, with a few tokens of its completion, for TRL's forward pass; and their number."""
+    def _probe(self, rows: dict[str, Any], picture: dict[str, Any] | None) -> tuple[dict[str, Any], int]:
+        """
+        The row with the shortest prompt, or a `picture`'s, with a few tokens of a completion, for TRL's forward pass; and their
+        number.
+        """
         shortest = rows["prompt_mask"].sum(-1).argmin().item()
         width, tokens = rows["prompt_ids"].size(1), rows["completion_ids"].size(1)
         if not (self.tools and self._is_vlm):  # whose completions may hold images, which are not cut
             tokens = min(PROBE_TOKENS, tokens)
-        row = select_rows(rows, [shortest])
+        row = without_empty_pictures(select_rows(rows, [shortest]))
+        if picture is not None:  # which all processes have alike, with a completion of their own
+            row = {**picture, **{key: row[key] for key in ("completion_ids", "completion_mask")}}
+            length, width = row["completion_ids"].size(1), row["prompt_ids"].size(1)
+            row |= {key: torch.nn.functional.pad(row[key], (0, length)) for key in PER_TOKEN & row.keys()}
         batch = {key: value for key, value in row.items() if not key.startswith(("prompt_", "completion_"))}
         batch["input_ids"] = torch.cat([row["prompt_ids"], row["completion_ids"]], dim=1)
         batch["attention_mask"] = torch.cat([row["prompt_mask"], row["completion_mask"]], dim=1)

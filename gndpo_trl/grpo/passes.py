@@ -10,6 +10,7 @@ from accelerate import Accelerator
 
 from .branch_attention import core_of, has_grid_positions
 from .microbatches import LeftAligned, select_rows
+from .mixed_rows import beside_picture, without_empty_pictures
 from .routers import quiet_routers
 from .shared_prompts import SharedPrompts
 from .trl_hooks import HeadCall, HeadFields, lm_head_read_by, real_tokens_in_lm_head
@@ -30,11 +31,14 @@ class Passes:
 
     Attributes:
         reader (`Callable`, *optional*): Gets what the LM head gets, in passes over batches with `places`, see `reading_head`.
+        picture (`dict`, *optional*): A row for passes without pictures, where these have to run the vision tower as others do, see
+            [`picture_row`].
     """
 
     def __init__(self, score: Callable, accelerator: Accelerator, keeps_padding: bool):
         self.score, self.accelerator, self.keeps_padding = score, accelerator, keeps_padding
         self.reader: HeadReader | None = None
+        self.picture: dict[str, Any] | None = None
 
     def run(
         self,
@@ -55,12 +59,19 @@ class Passes:
             problems (`list[str]`, *optional*): Gets what shows that the model computes something else on shared prompts.
                 `None` has the attention raise instead.
         """
-        batch = dict(batch)
+        count, batch = len(batch["input_ids"]), dict(without_empty_pictures(batch))
+        picture = self.picture_for(model)
+        if picture is not None and "num_images" not in batch:
+            batch = beside_picture(batch, picture, logits_to_keep)
+            prompts = prompts and [*prompts, max(prompts) + 1]
         places = batch.pop("places", None)
         with quiet_routers(self.core(model)):
             if prompts is None:
-                return self._run_separate(model, batch, places, logits_to_keep, **options)
-            return self._run_shared(model, batch, places, logits_to_keep, prompts, problems, **options)
+                results = self._run_separate(model, batch, places, logits_to_keep, **options)
+            else:
+                results = self._run_shared(model, batch, places, logits_to_keep, prompts, problems, **options)
+        logps, entropies, aux_loss = results
+        return logps[:count], entropies if entropies is None else entropies[:count], aux_loss
 
     @contextmanager
     def reading_head(self, reader: HeadReader) -> Iterator[None]:
@@ -70,6 +81,11 @@ class Passes:
             yield
         finally:
             self.reader = None
+
+    def picture_for(self, model) -> dict[str, Any] | None:
+        """`picture`, if the model is more than one of text."""
+        config = core_of(self.core(model)).config
+        return None if config.get_text_config() is config else self.picture
 
     def core(self, model) -> torch.nn.Module:
         """The model as it was before it was wrapped."""

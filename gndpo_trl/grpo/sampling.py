@@ -42,7 +42,23 @@ PLAIN = {
     "frequency_penalty": (0.0,),
     "no_repeat_ngram_size": (0,),
     "guidance_scale": (1.0,),
+    "min_new_tokens": (0,),
+    "min_tokens": (0,),
+    "bad_words_ids": ([],),
+    "bad_words": ([],),
+    "sequence_bias": ({},),
+    "logit_bias": ({},),
+    "allowed_token_ids": (),
 }
+
+# Options of transformers and of vLLM that sample several completions where TRL counts on one.
+SEVERAL = ("num_return_sequences", "n")
+
+# Where configurations and processors have the ids that stand for what is not text.
+PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id")
+
+# Bias of a logit, in nats, that vLLM takes at most: of tokens that are not to be sampled.
+NEVER = -100.0
 
 
 class SamplingMixin:
@@ -55,7 +71,8 @@ class SamplingMixin:
     - What the checkpoint's own generation config says beside TRL's options (`no_repeat_ngram_size`, `bad_words_ids`,
       `min_p`, …) would stay on in transformers' generation. It is left out while completions are sampled, and named in the
       log; whoever wants it sets `generation_kwargs`. What is saved with the model keeps it.
-    - `suppress_tokens` in `generation_kwargs` adds to the image placeholder that TRL suppresses, instead of replacing it.
+    - Placeholders of images and videos, which nothing would belong to, are sampled by neither transformers nor vLLM.
+      `suppress_tokens` in `generation_kwargs` adds to them, for both.
 
     Raises:
         `ValueError`: at construction, if `eval_temperature` is set and a `rollout_func` samples in the trainer's place.
@@ -69,10 +86,12 @@ class SamplingMixin:
                 f"`eval_temperature` is {temperature}, but `rollout_func` does the sampling, so it would have no "
                 "effect. Unset it, and let `rollout_func` choose its temperature by `trainer.model.training`."
             )
+        if isinstance(self.processing_class, ProcessorMixin):
+            suppress_tokens(self, placeholder_ids(self.model.config, self.processing_class))
+        elif self.use_vllm and "suppress_tokens" in self.vllm_generation.generation_kwargs:
+            suppress_tokens(self, [])
         if self.use_vllm:
             return
-        if isinstance(self.processing_class, ProcessorMixin):
-            suppress_tokens(self, [self.model.config.image_token_id])
         left_out = leftovers(generation_owner(self.model).generation_config, self.generation_config)
         if left_out and self.rollout_func is None:
             options = ", ".join(f"{name}={value!r}" for name, value in left_out.items())
@@ -156,8 +175,66 @@ def shaping_options(args: GRPOConfig) -> dict[str, Any]:
     }
 
 
+def placeholder_ids(*owners: Any) -> set[int]:
+    """Ids that stand for what is no text, as a configuration or a processor has them."""
+    found = (getattr(owner, name, None) for name in PLACEHOLDERS for owner in owners)
+    return {id for id in found if isinstance(id, int)}
+
+
+def several_problems(args: GRPOConfig) -> Iterator[str]:
+    """Options under which the sampler returns more completions than there are prompts."""
+    for name in SEVERAL:
+        number = (args.generation_kwargs or {}).get(name)
+        if number not in (None, 1):
+            yield (
+                f"`generation_kwargs` has `{name}` = {number!r}, but the sampler is given each prompt as often as it is to answer "
+                "it. Set `num_generations` instead."
+            )
+
+
 def suppress_tokens(trainer: GRPOTrainer, ids: Iterable[int]) -> None:
-    """Keep transformers' generation from sampling these token ids, beside those that it is kept from already."""
+    """
+    Keep the trainer's sampler from these token ids, beside those that it is kept from already.
+
+    vLLM knows no such option, but biases. What the student gives these tokens is shared by the others then, whose log-probs
+    vLLM reports as larger by that much; the training engine's are those of the student.
+    """
+    if trainer.use_vllm:
+        asked = dict(trainer.vllm_generation.generation_kwargs)
+        biases = {int(id): bias for id, bias in (asked.pop("logit_bias", None) or {}).items()}
+        suppressed = {*(asked.pop("suppress_tokens", None) or ()), *ids}
+        biases |= dict.fromkeys(sorted(suppressed), NEVER)
+        trainer.vllm_generation.generation_kwargs = {**asked, "logit_bias": biases} if biases else asked
+        return
     suppressed = sorted({*(trainer.generation_config.suppress_tokens or ()), *ids})
     trainer.generation_config.suppress_tokens = suppressed
     trainer.generation_kwargs["suppress_tokens"] = suppressed
+
+
+def stop_at(trainer: GRPOTrainer, ids: set[int]) -> None:
+    """
+    Have sampling end at these token ids, too, with transformers and with vLLM: they end a completion for all masks and metrics,
+    and for whoever loads what is saved.
+    """
+    if not ids:
+        return
+    before, added = trainer.eos_token_ids, sorted(ids - set(trainer.eos_token_ids))
+    # A list each: transformers would save what TRL changes.
+    trainer.eos_token_ids = [*before, *added]
+    generation_owner(trainer.model).generation_config.eos_token_id = [*before, *added]
+    if trainer.use_vllm:
+        asked = trainer.vllm_generation.generation_kwargs
+        stops = sorted({*(asked.get("stop_token_ids") or ()), *added})
+        trainer.vllm_generation.generation_kwargs = {**asked, "stop_token_ids": stops}
+    else:
+        trainer.generation_config.eos_token_id = [*before, *added]
+        trainer.generation_kwargs["eos_token_id"] = [*before, *added]
+
+    def named(ids: list[int]) -> str:
+        return ", ".join(f"{id} ({trainer._tokenizer.convert_ids_to_tokens(id)!r})" for id in ids)
+
+    logger.warning(
+        f"The teacher ends its turn with {named(added)}, where sampling from the student went on (it stopped at "
+        f"{named(before)}). It stops there now, too, and so will the student that is saved; `stop_at_teacher_eos: false` has "
+        "it sample on."
+    )

@@ -4,17 +4,21 @@ import inspect
 import warnings
 from typing import Any
 
+import torch
+from accelerate.utils import gather
 from datasets import IterableDataset
 from trl import GRPOTrainer
 
 from .checkpoints import CheckpointMixin
 from .completion_tables import CompletionTablesMixin
-from .data_checks import check_datasets, check_images_alike, check_images_are_read
+from .data_checks import check_datasets, check_images_are_read
 from .evaluation_logs import EvaluationLogsMixin, check_best_metric
 from .finite_steps import FiniteStepsMixin
 from .head_check import check_head
 from .learned_prompts import check_learned_prompts
+from .loops import LoopsMixin
 from .lost_ranks import lost_ranks_are_named
+from .mixed_rows import MixedRowsMixin, may_have_pictures, with_same_columns
 from .ranks import RewardsTogetherMixin, raised_on_all_ranks
 from .real_tokens import RealTokensMixin
 from .routers import check_routers
@@ -28,6 +32,8 @@ from .vllm import VLLMMixin
 
 class ExtendedGRPOTrainer(
     SamplingMixin,
+    LoopsMixin,
+    MixedRowsMixin,
     StepProgressMixin,
     RealTokensMixin,
     VLLMMixin,
@@ -41,7 +47,7 @@ class ExtendedGRPOTrainer(
 ):
     """
     What [`GNDPOTrainer`] and [`GSPOTrainer`] stand on: [`~trl.GRPOTrainer`] that looks at its data before it loads a
-    model, pays for real tokens, samples with vLLM from the prompts that it scores, goes on exactly from its checkpoints,
+    model, pays for real tokens, counts completions that end in a loop, samples with vLLM from the prompts that it scores, goes on exactly from its checkpoints,
     keeps NaN out of its weights, validates at a temperature of its own, says what it is doing in steps that take long, and
     logs completions with images to wandb.
     """
@@ -72,7 +78,9 @@ class ExtendedGRPOTrainer(
                 (prompt_ids, *_), *_ = self._tokenize_prompts([prompt])
                 check_length(where, len(prompt_ids), self._positions)
         self._has_whole_prompts = not brings_columns
-        self._trains_on_images = None
+        others = self.tools or self.environment_factories is not None  # which may bring some
+        if self._is_vlm and (may_have_pictures(*datasets) or seen.with_pictures is not None or others):
+            self._see_pictures()
 
     def train(self, *args, **kwargs):
         with lost_ranks_are_named():
@@ -84,10 +92,6 @@ class ExtendedGRPOTrainer(
                 "more, or lower `per_device_train_batch_size`, `gradient_accumulation_steps` or `steps_per_generation`."
             )
         return output
-
-    def _begin_run(self):
-        super()._begin_run()
-        self._trains_on_images = None
 
     def _generate_and_score_completions(self, inputs):
         # In place, so that whoever called this goes on with the same pictures.
@@ -102,10 +106,11 @@ class ExtendedGRPOTrainer(
         with raised_on_all_ranks():
             rows, seen = open_rows(rows, self.args.fetch_image_urls, self._has_whole_prompts)
             seen.check_against(self.processing_class, self.chat_template)
-            has_images = check_images_alike(rows, self._trains_on_images if self.model.training else None)
-        if self.model.training:
-            self._trains_on_images = has_images
-        return rows
+        if self._is_vlm and not self._sees_pictures:
+            found = torch.tensor([seen.with_pictures is not None], device=self.accelerator.device)
+            if gather(found).any():  # in rows that were not looked at before
+                self._see_pictures()
+        return with_same_columns(rows)
 
 
 def pad_on_the_left(processing_class: Any) -> None:

@@ -70,7 +70,8 @@ OVERRIDDEN_METHODS = {
     # Called on all ranks after sampling, with this rank's rows, messages and token ids (padding and the mask of truncated
     # completions come later); returns the rewards `(N, F)` of the completions of all ranks, in rank order.
     "_calculate_rewards": ("self", "inputs", "prompts", "completions", "completion_ids_list"),
-    # Samples all completions of this rank's prompts, with whatever tools or `rollout_func` take part.
+    # Samples all completions of this rank's prompts, with whatever tools or `rollout_func` take part; returns eight things, the
+    # token ids of the completions as the second.
     "_generate": ("self", "prompts"),
     # Samples with `generation_config`, or with vLLM, where `vllm_generation.generation_kwargs` win over its options.
     "_generate_single_turn": None,
@@ -87,6 +88,8 @@ OVERRIDDEN_METHODS = {
     # of the completions in `_logs`, none for 0, and hands a table of them to wandb and trackio. It adds `_metrics[mode]` to
     # `logs` (as `eval_{name}` in evaluation), has transformers log that, and comes to completions after it.
     "log": ("self", "logs", "start_time"),
+    # Which parameters AdamW has decay.
+    "get_decay_parameter_names": ("self", "model"),
     # Called once when a run resumes, before the first micro-batch; the trainer's state is there by then.
     "_load_optimizer_and_scheduler": ("self", "checkpoint"),
     # Load the weights of a folder by name into `self.model`, and hand what did not fit to the third.

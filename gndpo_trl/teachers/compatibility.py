@@ -1,7 +1,8 @@
 """Can this teacher score what this student samples? Checked once, before the first step.
 
 The teacher reads the student's own token ids and image tensors, so an id must mean the same token to both, and an
-image must become the same tensors and placeholders for both. Sizes of padded vocabularies need not agree.
+image must become the same tensors and placeholders for both. Sizes of padded vocabularies need not agree. A teacher of text
+may teach an image-text student where there are no images.
 """
 
 import os
@@ -65,6 +66,8 @@ class ModelDescription:
             tokenizer or processor; `None` if unknown.
         template_kwargs (`dict`): Of the student: options of the chat template for its prompts.
         teacher_template_kwargs (`dict`): Of the student: those for the prompts of its teacher.
+        adopted_stop_ids (`set[int]` or `None`): Of the student: token ids that end a teacher's turn and that sampling has to
+            stop at beside its own, as the checks find them; `None` where it is to sample on.
     """
 
     name: str
@@ -73,11 +76,17 @@ class ModelDescription:
     processing_class: ProcessingClass | None
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     teacher_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    adopted_stop_ids: set[int] | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         is_processor = isinstance(self.processing_class, ProcessorMixin)
         return self.processing_class.tokenizer if is_processor else self.processing_class
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether it is more than a model of text; one of which nothing is known may be."""
+        return self.config is None or self.config.get_text_config() is not self.config
 
     @property
     def stop_ids(self) -> set[int]:
@@ -158,18 +167,11 @@ def check_compatibility(student: ModelDescription, teacher: ModelDescription) ->
         teacher ([`ModelDescription`]): Teacher. An unknown processing class is warned about.
 
     Raises:
-        `ValueError`: if a token id means different tokens, if an image-text student has a text-only teacher, or if
-            the two prepare images differently.
+        `ValueError`: if a token id means different tokens, or if the two prepare images differently.
     """
     if student.processing_class is None:
         return  # TRL refuses the student
     is_vlm = isinstance(student.processing_class, ProcessorMixin)
-    if is_vlm and teacher.config.get_text_config() is teacher.config:
-        raise ValueError(
-            f"The student ({student.name}) reads images, but the teacher ({teacher.name}) is text-only and cannot score "
-            "what the student says about them. Choose an image-text teacher as `teacher_model`, or pass a tokenizer as "
-            "`processing_class` to train the student on text alone."
-        )
     if teacher.processing_class is None:
         warnings.warn(
             "The teacher's tokenizer is unknown, because `teacher_model` is a loaded model that does not say where it "
@@ -178,18 +180,27 @@ def check_compatibility(student: ModelDescription, teacher: ModelDescription) ->
             stacklevel=2,
         )
         return
-    check_vocabularies(student.tokenizer, teacher.tokenizer)
-    if is_vlm:
+    # A teacher of text has rows without images alone, and need not know the tokens around them.
+    check_vocabularies(student.tokenizer, teacher.tokenizer, knows_special=not is_vlm or teacher.reads_images)
+    if is_vlm and teacher.reads_images:
         check_images(student, teacher)
     warn_on_special_tokens(student, teacher)
     warn_on_chat_template(student, teacher)
 
 
-def check_vocabularies(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError`, naming the first ids, if a token id of the student is another token to the teacher."""
+def check_vocabularies(
+    student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, knows_special: bool = True
+) -> None:
+    """
+    Raise `ValueError`, naming the first ids, if a token id of the student is another token to the teacher. Unless the teacher
+    `knows_special`, it may lack special tokens that were added to the student's.
+    """
     student_tokens = {id: token for token, id in student.get_vocab().items()}
     teacher_tokens = {id: token for token, id in teacher.get_vocab().items()}
     conflicts = [id for id in sorted(student_tokens) if teacher_tokens.get(id) != student_tokens[id]]
+    if not knows_special:
+        added = student.added_tokens_decoder
+        conflicts = [id for id in conflicts if id in teacher_tokens or id not in added or not added[id].special]
     if conflicts:
         named = "; ".join(
             f"id {id} is {student_tokens[id]!r} to the student and "
@@ -276,7 +287,10 @@ def check_image_tensors(student: BaseImageProcessor, teacher: BaseImageProcessor
 
 
 def warn_on_special_tokens(student: ModelDescription, teacher: ModelDescription) -> None:
-    """Warn, saying what will happen, if the teacher ends its turns with other tokens, or pads with another one."""
+    """
+    Warn, saying what will happen, if the teacher ends its turns with other tokens, or pads with another one. Those of its ends
+    that the student can sample become its `adopted_stop_ids`, unless that is `None`.
+    """
     student_tokenizer, teacher_tokenizer = student.tokenizer, teacher.tokenizer
     student_stop_ids, teacher_stop_ids = student.stop_ids, teacher.stop_ids
 
@@ -284,13 +298,20 @@ def warn_on_special_tokens(student: ModelDescription, teacher: ModelDescription)
         return ", ".join(f"{id} ({student_tokenizer.convert_ids_to_tokens(id)!r})" for id in sorted(ids))
 
     only_teacher, only_student = teacher_stop_ids - student_stop_ids, student_stop_ids - teacher_stop_ids
+    if student.adopted_stop_ids is not None:
+        vocab_size = student.config.get_text_config().vocab_size
+        known = {
+            id for id in only_teacher if student_tokenizer.convert_ids_to_tokens(id) is not None and id < vocab_size
+        }
+        student.adopted_stop_ids |= known
+        only_teacher -= known
     if only_teacher:
         warnings.warn(
             f"EOS MISMATCH: the teacher ends its turn with {named(only_teacher)}, but sampling from the student does "
             f"not stop there (it stops at {named(student_stop_ids)}). The teacher will push the student to say these "
             "tokens and the completion will run on, so expect completions to grow to `max_completion_length` within "
-            "dozens of steps. Add the ids to the student's `generation_config.eos_token_id`, and watch `score/eos` "
-            "and `completions/mean_length`.",
+            "dozens of steps. Set `stop_at_teacher_eos`, if these are tokens of the student's, or give it the teacher's "
+            "tokenizer, and watch `score/eos` and `completions/mean_length`.",
             stacklevel=3,
         )
     if only_student:

@@ -9,11 +9,21 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather, is_peft_model
-from transformers import PreTrainedConfig, PreTrainedModel
+from datasets import Dataset
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from ..grpo.data_checks import rows_with_images
 from ..grpo.head_check import check_head
 from ..grpo.hidden_states import HiddenStates, keep_top_k
-from ..grpo.trl_hooks import add_fused_lm_head, create_model_from_path, prepare_deepspeed, prepare_fsdp
+from ..grpo.pictures import IMAGE_COLUMNS
+from ..grpo.ranks import raised_on_all_ranks
+from ..grpo.trl_hooks import (
+    MULTIMODAL_KEYS,
+    add_fused_lm_head,
+    create_model_from_path,
+    prepare_deepspeed,
+    prepare_fsdp,
+)
 from .compatibility import ModelDescription, ProcessingClass, check_compatibility, describe, warn_on_text_prompts
 from .offload import OffloadedWeights
 from .teacher import ReadHiddenStates, Score, Teacher
@@ -90,6 +100,7 @@ class LocalTeacher(Teacher):
         self.init_kwargs = {"revision": revision, "trust_remote_code": trust_remote_code, **(init_kwargs or {})}
         if "torch_dtype" in self.init_kwargs:  # the name of earlier versions of transformers, which ignores it now
             self.init_kwargs.setdefault("dtype", self.init_kwargs.pop("torch_dtype"))
+        self.is_blind = False  # a teacher of text, of a student that reads images
         self.offload = offload
         self.is_read_when_due = not offload
         self.cast_lm_head_to_fp32 = cast_lm_head_to_fp32
@@ -110,10 +121,21 @@ class LocalTeacher(Teacher):
             self._check_length(max_completion_length + 1, f"`max_completion_length` is {max_completion_length}")
 
     def check(self, student: ModelDescription) -> None:
+        self.is_blind = isinstance(student.processing_class, ProcessorMixin) and not self.description.reads_images
         self.tokenizer = student.tokenizer  # for teachers made of this one, which decode the student's ids
         check_compatibility(student, self.description)
 
     def check_data(self, field: str, dataset: Any, has_prompt_fn: bool) -> None:
+        if self.is_blind and isinstance(dataset, Dataset):
+            for column in {*IMAGE_COLUMNS, "teacher_images"} & {*dataset.column_names}:
+                has_images = rows_with_images(dataset, column)
+                if has_images.any():
+                    raise ValueError(
+                        f"{has_images.sum()} of the {len(has_images)} rows of `{field}` that the teacher ({self.description.name}) "
+                        f"is to score have images in the column `{column}`, but it is text-only and cannot score what the student "
+                        "says about them. Choose an image-text teacher as `teacher_model`, or one for these rows (a dictionary "
+                        "of teachers, and the column `teacher`)."
+                    )
         if not has_prompt_fn:
             warn_on_text_prompts(field, dataset, self.description)
 
@@ -146,6 +168,7 @@ class LocalTeacher(Teacher):
             `ValueError`: on all ranks, if a completion holds a token id that the teacher has no embedding for, or a row is
                 longer than the positions that it has embeddings for.
         """
+        rollout = self._as_text(rollout)
         self._check_rows(rollout)
         with self.on_device():
             return self.score(self.model, rollout)
@@ -155,6 +178,7 @@ class LocalTeacher(Teacher):
 
     def hidden_states(self, rollout: dict[str, Any], read: ReadHiddenStates) -> HiddenStates:
         """See [`Teacher`]; raises `ValueError` as `per_token_logps` does for ids and positions that the teacher does not have."""
+        rollout = self._as_text(rollout)
         self._check_rows(rollout)
         with self.on_device():
             states = read(self.model, rollout)
@@ -168,6 +192,22 @@ class LocalTeacher(Teacher):
         total = gather(total.view(1).to(PartialState().device)).sum().item()
         known = "" if self.top_k is None else f", its likeliest {self.top_k} tokens"
         return f"{self.description.name} of {self.description.config._name_or_path!r} (weights: {total:.7g}){known}"
+
+    def _as_text(self, rollout: dict[str, Any]) -> dict[str, Any]:
+        """The rollout without vision inputs, for a teacher of text; raises where a row has images and a completion."""
+        if not self.is_blind:
+            return rollout
+        with raised_on_all_ranks():
+            counts = rollout.get("num_images") or [0] * len(rollout["completion_mask"])
+            for count, mask, row in zip(counts, rollout["completion_mask"], rollout["rows"], strict=False):
+                if count and mask.any():
+                    raise ValueError(
+                        f"The teacher ({self.description.name}) is text-only, but is to score a row with images (prompt: "
+                        f"{str(row.get('prompt'))[:200]!r}). Have an image-text teacher score such rows."
+                    )
+        rollout = {key: value for key, value in rollout.items() if key not in MULTIMODAL_KEYS}
+        # Rows of others, which fill up a batch, may have placeholders that it has no embedding for.
+        return {**rollout, "prompt_ids": rollout["prompt_ids"].clamp(max=self.vocab_size - 1)}
 
     def _check_rows(self, rollout: dict[str, Any]) -> None:
         longest = (rollout["prompt_mask"].sum(-1) + rollout["completion_mask"].sum(-1)).max()

@@ -15,7 +15,6 @@ from trl import prepare_multimodal_messages
 
 from ..grpo.data_checks import rows_with_images, rows_with_values
 from ..grpo.pictures import (
-    IMAGE_COLUMNS,
     parts_of,
     pictures_in,
     pictures_in_column,
@@ -206,14 +205,9 @@ class TeacherPrompts:
 
     def _process(self, rows, own, images, student_ids, shape) -> tuple[list[list[int]], dict[str, Any]]:
         """Token ids of the prompts, and the vision inputs of the model family, for rows with images."""
-        if not all(images):
-            raise ValueError(
-                f"{images.count(None)} of {len(images)} rows have no images for the teacher, and others have (the first "
-                f"prompt without: {quote(rows[images.index(None)])}). A forward pass takes images for all of its rows "
-                "or for none: give all of them `teacher_images`, or none."
-            )
+        images = [row_images or [] for row_images in images]
         prompts = [with_images(row) for row in rows]
-        if any(isinstance(prompt, str) for prompt in prompts):
+        if any(isinstance(prompt, str) and row_images for prompt, row_images in zip(prompts, images, strict=True)):
             raise ValueError(
                 "A `teacher_prompt` with images is text. Write it as messages, which say where the images are."
             )
@@ -242,6 +236,8 @@ class TeacherPrompts:
         if "spatial_shapes" in others or (pixels.ndim == 4 and len(pixels) != sum(others["num_images"])):
             others["num_tiles"] = [
                 len(self.processing_class(text=[text], images=[row_images], **options)["pixel_values"])
+                if row_images
+                else 0
                 for text, row_images in zip(texts, images, strict=True)
             ]
         return prompt_ids, others
@@ -339,7 +335,7 @@ def quote(row: dict[str, Any]) -> str:
 
 
 def check_teacher_images(field: str, dataset: Dataset) -> None:
-    """Raise `ValueError` if images have no prompt to stand in, or if the teacher would see images in some rows alone."""
+    """Raise `ValueError` if images have no prompt to stand in."""
     has_images = rows_with_images(dataset, "teacher_images")
     has_prompt = rows_with_values(dataset, "teacher_prompt")
     if (has_images & ~has_prompt).any():
@@ -347,11 +343,4 @@ def check_teacher_images(field: str, dataset: Dataset) -> None:
         raise ValueError(
             f"Row {first} of `{field}` has `teacher_images`, but its `teacher_prompt` is None. Give it one, or remove its "
             "images."
-        )
-    if not {*IMAGE_COLUMNS} & {*dataset.column_names} and has_images.any() and not has_images.all():
-        first = int((~has_images).argmax())
-        raise ValueError(
-            f"{len(has_images) - has_images.sum()} of {len(has_images)} rows of `{field}` have neither `teacher_images` "
-            f"nor images of the student's; the first is row {first}. A forward pass takes images for all of its rows or "
-            "for none: give all of them `teacher_images`, or none."
         )

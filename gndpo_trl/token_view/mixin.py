@@ -98,7 +98,7 @@ class TokenViewMixin:
             rows = None
         # TRL's logs end with the completions of this batch, until the next one.
         rewards = {name: list(column) for name, column in self._logs["rewards"].items()}
-        images = list(self._logs["images"]) if "num_images" in rollout and self.log_multimodal else []
+        images = list(self._logs["images"]) if self.log_multimodal else []
         self._kept_batches[mode].append(KeptBatch(rows, rewards, images))
 
     def evaluate(self, *args, **kwargs):

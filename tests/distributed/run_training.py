@@ -1,7 +1,7 @@
 """A job of `worker.py`: one training run on canned completions, and what each rank saw of it.
 
 Its specification holds `model`, `teacher`, `config` (the fields of GNDPOConfig), and optionally `completions` (token ids
-of a completion for each prompt; without them the student samples), `images` (whether prompts have one), `own_prompts`
+of a completion for each prompt; without them the student samples), `images` (whether prompts have one, or "some"), `own_prompts`
 (whether the teacher has some), `prompt_fn` (whether a function writes them), `routed` (whether two teachers share the rows), `lora` (true or "4bit"), `resume`, `save`
 (a folder), `send_adapter` (whether its adapter goes there as it would to a vLLM server), `fail` (what shall go wrong on the last rank), `broken` (what is NaN there in the second step), `scaler` (whether
 losses are scaled, as for float16), `timeout` (seconds that ranks wait for one another), `count_bytes` (that go out) and `fsdp` (see below).
@@ -70,10 +70,13 @@ def canned_rollouts(completions: list[list[int]]):
     return rollout_func
 
 
-def make_rows(images: bool, own_prompts: bool = False, routed: bool = False) -> list[dict]:
+def make_rows(images: bool | str, own_prompts: bool = False, routed: bool = False) -> list[dict]:
     rows = [{"prompt": [{"role": "user", "content": f"what is {word} ?"}]} for word in PROMPTS]
     if images:
         rows = [{**row, "images": [tiny_models.draw_image(index)]} for index, row in enumerate(rows)]
+    if images == "some":  # of the first process alone, where there are two
+        rows[0]["images"].append(tiny_models.draw_image(1))
+        rows = [{**row, "images": row["images"] if index in (0, 2) else []} for index, row in enumerate(rows)]
     if own_prompts:  # of the first process alone, where there are two, and longer than the student's
         own = [{"role": "user", "content": "one plus one plus two is what ? what is the sum of one and two ?"}]
         rows = [{**row, "teacher_prompt": own if index < 3 else None} for index, row in enumerate(rows)]

@@ -1,12 +1,14 @@
 """The package's trainers with a colocated vLLM."""
 
+import shutil
 import warnings
 
 import pytest
 import torch
 from peft import LoraConfig
 from trainers import agrees, logged, some_reward
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from trl import prepare_multimodal_messages
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
 from gndpo_trl.grpo.vllm_engine import ExactVLLMGeneration
@@ -15,10 +17,10 @@ from gndpo_trl.gspo import GSPOConfig, GSPOTrainer
 
 @pytest.fixture
 def make(make_config, checkpoints, text_dataset, image_dataset):
-    def make(family: str = "qwen3", peft_config=None, eval_dataset=None, **options) -> GNDPOTrainer:
+    def make(family: str = "qwen3", model=None, teacher_model=None, peft_config=None, eval_dataset=None, **options):
         return GNDPOTrainer(
-            model=checkpoints[f"{family}-student"],
-            teacher_model=checkpoints[f"{family}-teacher"],
+            model=model or checkpoints[f"{family}-student"],
+            teacher_model=teacher_model or checkpoints[f"{family}-teacher"],
             args=make_config(GNDPOConfig, use_vllm=True, vllm_mode="colocate", **options),
             train_dataset=text_dataset if family == "qwen3" else image_dataset,
             eval_dataset=eval_dataset,
@@ -66,6 +68,45 @@ def test_lora(make):
     trainer = make(peft_config=LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
     trainer.train()
     assert agrees(trainer)
+
+
+def completions(trainer, dataset, num_generations: int = 8) -> list[list[int]]:
+    prompts = [prepare_multimodal_messages(row["prompt"], images=row.get("images")) for row in dataset]
+    prompt_ids, images, fields = trainer._tokenize_prompts(
+        [prompt for prompt in prompts for _ in range(num_generations)]
+    )
+    return trainer._generate_single_turn(prompt_ids, images, fields, num_generations)[0]
+
+
+def test_sampling_stops_where_the_teacher_ends_its_turn(make, checkpoints, text_dataset, tmp_path):
+    teacher = shutil.copytree(checkpoints["qwen3-teacher"], tmp_path / "teacher")
+    GenerationConfig(eos_token_id=[2, 20, 21, 22]).save_pretrained(teacher)
+    trainer = make(teacher_model=teacher, generation_kwargs={"stop_token_ids": [23]})
+    rows = completions(trainer, text_dataset.select(range(4)))
+    ends = {2, 20, 21, 22, 23}
+    assert {row[-1] for row in rows} & {20, 21, 22} and not any(ends & set(row[:-1]) for row in rows)
+    assert trainer.eos_token_ids == [2, 20, 21, 22]
+
+
+@pytest.mark.parametrize("logit, is_likely", [(-10.0, False), (2.0, True)])
+def test_placeholders_of_images_are_not_sampled(make, checkpoints, image_dataset, tmp_path, logit, is_likely):
+    """A student that would: unlikely ones change no log-prob, and those of a likely one are what it leaves to the others."""
+    model = AutoModelForImageTextToText.from_pretrained(checkpoints["qwen25vl-student"])
+    placeholder = model.config.image_token_id
+    with torch.no_grad():
+        model.lm_head.weight[placeholder, 0] = logit
+    student = tmp_path / "student"
+    model.save_pretrained(student)
+    AutoProcessor.from_pretrained(checkpoints["qwen25vl-student"]).save_pretrained(student)
+    options = (
+        {"generation_kwargs": {"suppress_tokens": [20]}, "sampling_logp_threshold": float("inf")} if is_likely else {}
+    )
+    trainer = make("qwen25vl", model=str(student), **options)
+    said = {token for row in completions(trainer, image_dataset.select(range(4))) for token in row}
+    assert placeholder not in said and is_likely == (20 not in said)
+    trainer.train()
+    assert agrees(trainer) != is_likely
+    assert is_likely == (min(logged(trainer, "sampling/logp_difference/mean")) > 1)
 
 
 @pytest.mark.parametrize("steps_with_weights, is_warned", [(10, True), (21, False)])

@@ -11,6 +11,7 @@ import torch
 from PIL import Image, ImageOps
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
+from ...grpo.sampling import placeholder_ids
 from ..compatibility import (
     PROBE_SIZES,
     ModelDescription,
@@ -30,9 +31,6 @@ PROBE = "what is the sum of one and two ?"
 
 # Nats. Servers of the same model differ by rounding; the same prompt with two different pictures by more than that.
 SAME_MODEL, OTHER_PROMPT = 0.1, 1e-3
-
-# Where configurations and processors have the ids that stand for what is not text.
-PLACEHOLDERS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index", "audio_token_id")
 
 
 @dataclass
@@ -164,8 +162,7 @@ def find_placeholders(student: ModelDescription) -> tuple[int | None, frozenset[
         student.config,
         *([student.processing_class] if isinstance(student.processing_class, ProcessorMixin) else []),
     ]
-    found = [getattr(owner, name, None) for name in PLACEHOLDERS for owner in owners]
-    return getattr(student.config, "image_token_id", None), frozenset(id for id in found if isinstance(id, int))
+    return getattr(student.config, "image_token_id", None), frozenset(placeholder_ids(*owners))
 
 
 def check_tokens(servers: VLLMServers, model: ServedModel, wanted: Wanted, student: ModelDescription) -> None:

@@ -18,7 +18,7 @@ from ...objective.likeliest import LikeliestTokens
 from ..compatibility import ModelDescription, ProcessingClass, warn_on_text_prompts
 from ..prompts import images_of
 from ..teacher import ReadHiddenStates, Score, Teacher
-from .checks import Wanted, check_servers
+from .checks import Wanted, check_same, check_servers
 from .questions import Answer, Answers, Picture, Question, split
 from .servers import ServerError, VLLMServers, begin
 from .urls import check_urls
@@ -36,10 +36,20 @@ class Asked:
     questions: list[Question]
     requests: list[Future[Answers]]
     problem: str | None  # why it cannot be scored
+    second: "Second | None" = None
 
     def give_up(self) -> None:
-        for request in self.requests:
+        for request in [*self.requests, *([self.second.request] if self.second is not None else [])]:
             request.cancel()
+
+
+@dataclass
+class Second:
+    """A question that goes to a second server, too: what both say tells whether they run the same model."""
+
+    question: Question
+    request: Future[Answers]
+    urls: list[str]  # of the first and of the second
 
 
 class ServerTeacher(Teacher):
@@ -54,7 +64,7 @@ class ServerTeacher(Teacher):
     Args:
         urls (`str` or `Sequence[str]`):
             Base URLs of one or several servers of the same model, as `http://host:8000`. Requests are spread over them,
-            and what one does not answer, another does. A key is read from the environment variable `VLLM_API_KEY`.
+            and what one does not answer, another does. One row of each batch is asked of two, whose answers are compared. A key is read from the environment variable `VLLM_API_KEY`.
         processing_class ([`~transformers.PreTrainedTokenizerBase`] or [`~transformers.ProcessorMixin`], *optional*):
             Tokenizer or processor of the teacher, used to check that token ids mean the same to both models. If `None`,
             the server is asked what each of the student's ids means.
@@ -82,7 +92,7 @@ class ServerTeacher(Teacher):
         `ValueError`: at construction or in `check`, if a URL is none, if there is no server, or if it cannot score what
             the student samples.
         [`~grpo.checkpoints.RunCannotGoOn`]: during a run, on all ranks, if no server answers, if one refuses a request,
-            or if too many log-probs are unknown.
+            if two give different answers, or if too many log-probs are unknown.
     """
 
     def __init__(
@@ -107,6 +117,7 @@ class ServerTeacher(Teacher):
         self.request_tokens, self.max_unknown = request_tokens, max_unknown
         self.servers = VLLMServers(self.urls, timeout, IN_FLIGHT)
         self.asked: Asked | None = None
+        self.num_compared = 0  # questions that a second server was asked, too
 
     def check(self, student: ModelDescription) -> None:
         """
@@ -132,24 +143,36 @@ class ServerTeacher(Teacher):
     def start(self, rollout: dict[str, Any]) -> None:
         if self.asked is not None:  # of a run that has ended before it was answered
             self.asked.give_up()
-        questions, requests, problem = [], [], None
+        questions, requests, problem, second = [], [], None, None
         try:
             questions = [self._question(rollout, row) for row in range(len(rollout["completion_ids"]))]
         except ValueError as error:  # pictures that cannot be opened
-            problem = str(error)
+            problem = f"The teacher has no answer. {error}"
         for question in questions:
             # One token more is generated.
             if len(question.ids) >= self.model.max_model_len:
                 problem = (
-                    f"Prompt and completion have {question.start} and {len(question.ids) - question.start} tokens, but "
+                    f"The teacher has no answer. Prompt and completion have {question.start} and {len(question.ids) - question.start} tokens, but "
                     f"the vLLM server at {self.servers} holds {self.model.max_model_len} with one that it has to "
                     "generate. Raise its `--max-model-len`, lower `max_completion_length`, or drop longer prompts."
                 )
         if problem is None:
             once = dict.fromkeys(question for question in questions if len(question.ids) > question.start)
-            for number, part in enumerate(split(once, self.request_tokens), self.process_index):
+            parts = list(split(once, self.request_tokens))
+            for number, part in enumerate(parts, self.process_index):
                 requests.append(begin(self.model.answers(self.servers, part, number)))
-        self.asked = Asked(rollout["completion_ids"], questions, requests, problem)
+            if parts and len(self.urls) > 1:
+                second = self._ask_another(parts)
+        self.asked = Asked(rollout["completion_ids"], questions, requests, problem, second)
+
+    def _ask_another(self, parts: list[list[Question]]) -> Second:
+        """One row of the batch for another server than the one that its request begins with; other ones each time."""
+        place, step = self.num_compared % len(parts), 1 + self.num_compared % (len(self.urls) - 1)
+        self.num_compared += 1
+        numbers = [self.process_index + place, self.process_index + place + step]
+        question = parts[place][0]
+        request = begin(self.model.answers(self.servers, [question], numbers[1]))
+        return Second(question, request, [self.urls[number % len(self.urls)] for number in numbers])
 
     def per_token_logps(self, rollout: dict[str, Any]) -> torch.Tensor:
         """
@@ -188,7 +211,11 @@ class ServerTeacher(Teacher):
         try:
             for request in asked.requests:
                 answers.update(request.result())
+            if asked.second is not None:
+                compare(asked.second, answers)
         except ServerError as error:
+            problem = f"The teacher has no answer. {error}"
+        except ValueError as error:  # of servers that differ
             problem = str(error)
         finally:
             asked.give_up()
@@ -200,7 +227,7 @@ class ServerTeacher(Teacher):
         reports = gather_object([(problem, total - known, total)])
         problems = [problem for problem, *_ in reports if problem is not None]
         if problems:
-            raise RunCannotGoOn(f"The teacher has no answer. {problems[0]}")
+            raise RunCannotGoOn(problems[0])
         unknown, total = (sum(report[place] for report in reports) for place in (1, 2))
         if unknown > self.max_unknown * total:
             raise RunCannotGoOn(
@@ -222,3 +249,12 @@ class ServerTeacher(Teacher):
         return Question(
             (*prompt, *self.model.known(completion)), len(prompt), tuple(Picture.of(picture) for picture in pictures)
         )
+
+
+def compare(second: Second, answers: Answers) -> None:
+    """Raise `ValueError` if a second server has given other log-probs than the first one; what is unknown says nothing."""
+    found = [torch.tensor(one[second.question].logps) for one in (answers, second.request.result())]
+    length = min(map(len, found))
+    is_known = found[0][:length].isfinite() & found[1][:length].isfinite()
+    if is_known.any():
+        check_same(second.urls, [logps[:length][is_known] for logps in found])
