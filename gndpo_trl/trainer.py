@@ -224,7 +224,8 @@ class GNDPOTrainer(SequenceTokenMixin, OnePassMixin, QuestionsMixin, BatchLogsMi
             reading.reference_logps = self.models.reference_logps(rollout, batch.rows)
         mask = settle(rollout, reading, self.teacher.may_not_know(batch.rows), self._tokenizer)
         # Scores in nats, log pi_T - log pi_old, clamped.
-        scores = self.score(reading.teacher_logps, reading.student_logps, mask, reading.reference_logps)
+        logps = (reading.teacher_logps, reading.student_logps, mask, reading.reference_logps)
+        scores = self.score(*logps, rollout.get("pieces"))
         # Whitened over all valid tokens of the generation batch, on all ranks and in all accumulation steps.
         population = self._population_of(mode, batch.rows)
         advantages, moments = self.estimator.advantages(scores, reading, mask, population)

@@ -108,6 +108,11 @@ class ServerTeacher(Teacher):
         self.servers = VLLMServers(self.urls, timeout, IN_FLIGHT)
         self.asked: Asked | None = None
 
+    @property
+    def description(self) -> ModelDescription | None:
+        """What is known of it here; `None` if nothing is."""
+        return self.wanted.description
+
     def check(self, student: ModelDescription) -> None:
         """
         Ask every server what it runs, and for the log-probs of a probe, with images if the student reads images.
