@@ -38,6 +38,8 @@ MAX_NEW_TOKENS = 32  # an answer has 19 tokens, the end of turn included
 SPECIAL_TOKENS = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "<image>"]
 WORDS = ["\n", "system", "user", "assistant", "What", " is", " the", " sum", " of", " digits", "?"]
 WORDS += ["<think>", "I", " see", " and", ".", "+", "=", "</think>", "\\boxed", "{", "}"]
+# A word keeps the space before it, as in byte-level vocabularies, so that joining the tokens gives the text back.
+PATTERN = r"</?think>|\\boxed| ?[A-Za-z]+| ?[0-9]+|\s|."
 VOCABULARY = SPECIAL_TOKENS + WORDS + [f" {digit}" for digit in range(10)] + [str(number) for number in range(20)]
 
 CHAT_TEMPLATE = """\
@@ -56,12 +58,13 @@ CHAT_TEMPLATE = """\
 """
 
 
-def build_processor(vocabulary: list[str] = VOCABULARY) -> LlavaProcessor:
-    """The processor that teacher and student share: word-level tokenizer, chat template, 16 x 16 images."""
+def build_processor(vocabulary: list[str] = VOCABULARY, pattern: str = PATTERN) -> LlavaProcessor:
+    """
+    The processor that teacher and student share: word-level tokenizer, chat template, 16 x 16 images. `pattern` is what a
+    text is cut into.
+    """
     backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
-    # A word keeps the space before it, as in byte-level vocabularies, so that joining the tokens gives the text back.
-    pattern = Regex(r"</?think>|\\boxed| ?[A-Za-z]+| ?[0-9]+|\s|.")
-    backend.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -200,17 +203,17 @@ def greedy_accuracy(path: str | Path, split: Dataset, batch_size: int = 125) -> 
     return correct / len(split)
 
 
-def build_teacher(splits: DatasetDict, output_dir: Path, seed: int) -> None:
+def build_teacher(splits: DatasetDict, output_dir: Path, seed: int, processor: LlavaProcessor | None = None) -> None:
     """166k parameters, trained on right answers; a minute and a half on one core."""
-    processor = build_processor()
+    processor = processor or build_processor()
     model = build_model(processor, width=64, seed=seed)
     train_sft(model, processor, splits["train"], output_dir, seed, max_steps=1000, learning_rate=2e-3)
     save(model, processor, output_dir)
 
 
-def build_student(splits: DatasetDict, output_dir: Path, seed: int) -> None:
+def build_student(splits: DatasetDict, output_dir: Path, seed: int, processor: LlavaProcessor | None = None) -> None:
     """95k parameters, trained on answers of which half state a sum that is one too high; half a minute on one core."""
-    processor = build_processor()
+    processor = processor or build_processor()
     model = build_model(processor, width=48, seed=seed)
     train_split = with_wrong_sums(splits["train"], seed)
     train_sft(model, processor, train_split, output_dir, seed, max_steps=400, learning_rate=3e-3)

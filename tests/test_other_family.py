@@ -26,11 +26,11 @@ def save_teacher(folder, tokenizer, seed: int = 1) -> str:
 
 
 @pytest.fixture(scope="module")
-def others(tmp_path_factory) -> dict[str, str]:
+def others(checkpoints, tmp_path_factory) -> dict[str, str]:
     """Paths of teachers over bytes, SentencePiece's marks, and characters."""
     root = tmp_path_factory.mktemp("others")
     return {
-        "bytes": save_teacher(root / "bytes", other_tokenizers.over_bytes()),
+        "bytes": checkpoints["other-teacher"],
         "marks": save_teacher(root / "marks", other_tokenizers.with_space_marks()),
         "characters": save_teacher(root / "characters", other_tokenizers.over_characters()),
     }
