@@ -185,7 +185,9 @@ def tokenize(processor: ProcessorMixin, rows: Dataset | dict[str, list]) -> Batc
 
 
 @torch.no_grad()
-def greedy_accuracy(path: str | Path, split: Dataset, batch_size: int = 125) -> float:
+def greedy_accuracy(
+    path: str | Path, split: Dataset, batch_size: int = 125, max_new_tokens: int = MAX_NEW_TOKENS
+) -> float:
     """
     Fraction (0..1) of the rows of `split` whose greedy completion boxes the right sum.
 
@@ -197,7 +199,7 @@ def greedy_accuracy(path: str | Path, split: Dataset, batch_size: int = 125) -> 
     for start in tqdm(range(0, len(split), batch_size), desc="greedy accuracy"):
         rows = split[start : start + batch_size]
         inputs = tokenize(processor, rows)
-        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
         texts = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         correct += sum(is_correct(text, solution) for text, solution in zip(texts, rows["solution"], strict=True))
     return correct / len(split)

@@ -7,7 +7,7 @@ import pytest
 import tiny_models
 import torch
 from datasets import Dataset
-from helpers import assert_same_gradients, gradients, make_rollout, plain_logps
+from helpers import assert_resumes_in_the_middle, assert_same_gradients, gradients, make_rollout, plain_logps
 from transformers import AutoModelForImageTextToText, AutoTokenizer, Qwen3ForCausalLM
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
@@ -240,6 +240,16 @@ def test_scores_that_are_made_in_the_loss_are_those_of_pieces(make, others, tmp_
     made = [make(GNDPOTrainer, GNDPOConfig, teacher_alignment="text", **options) for _ in range(2)]
     made[1].in_one_pass = False
     assert_same_gradients(*map(gradients, made))
+
+
+def test_it_goes_on_in_the_middle_of_a_generation_batch(make_trainer, others, tmp_path):
+    assert_resumes_in_the_middle(make_trainer, tmp_path, teacher_model=others["bytes"], teacher_alignment="text")
+
+
+def test_it_is_there_in_evaluation(make_trainer, others, text_dataset):
+    options = {"trainer_options": {"eval_dataset": text_dataset.select(range(4))}, "per_device_eval_batch_size": 4}
+    trainer = make_trainer(teacher_model=others["bytes"], teacher_alignment="text", **options)
+    assert math.isfinite(trainer.evaluate()["eval_reverse_kl"])
 
 
 def test_a_student_learns_from_a_teacher_of_another_family(make_trainer, others):
