@@ -38,6 +38,8 @@ MAX_NEW_TOKENS = 32  # an answer has 19 tokens, the end of turn included
 SPECIAL_TOKENS = ["<pad>", "<unk>", "<|im_start|>", "<|im_end|>", "<image>"]
 WORDS = ["\n", "system", "user", "assistant", "What", " is", " the", " sum", " of", " digits", "?"]
 WORDS += ["<think>", "I", " see", " and", ".", "+", "=", "</think>", "\\boxed", "{", "}"]
+# A word keeps the space before it, as in byte-level vocabularies, so that joining the tokens gives the text back.
+PATTERN = r"</?think>|\\boxed| ?[A-Za-z]+| ?[0-9]+|\s|."
 VOCABULARY = SPECIAL_TOKENS + WORDS + [f" {digit}" for digit in range(10)] + [str(number) for number in range(20)]
 
 CHAT_TEMPLATE = """\
@@ -56,12 +58,13 @@ CHAT_TEMPLATE = """\
 """
 
 
-def build_processor(vocabulary: list[str] = VOCABULARY) -> LlavaProcessor:
-    """The processor that teacher and student share: word-level tokenizer, chat template, 16 x 16 images."""
+def build_processor(vocabulary: list[str] = VOCABULARY, pattern: str = PATTERN) -> LlavaProcessor:
+    """
+    The processor that teacher and student share: word-level tokenizer, chat template, 16 x 16 images. `pattern` is what a
+    text is cut into.
+    """
     backend = Tokenizer(models.WordLevel({token: i for i, token in enumerate(vocabulary)}, unk_token="<unk>"))
-    # A word keeps the space before it, as in byte-level vocabularies, so that joining the tokens gives the text back.
-    pattern = Regex(r"</?think>|\\boxed| ?[A-Za-z]+| ?[0-9]+|\s|.")
-    backend.pre_tokenizer = pre_tokenizers.Split(pattern, behavior="isolated")
+    backend.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     backend.decoder = decoders.Fuse()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
@@ -182,7 +185,9 @@ def tokenize(processor: ProcessorMixin, rows: Dataset | dict[str, list]) -> Batc
 
 
 @torch.no_grad()
-def greedy_accuracy(path: str | Path, split: Dataset, batch_size: int = 125) -> float:
+def greedy_accuracy(
+    path: str | Path, split: Dataset, batch_size: int = 125, max_new_tokens: int = MAX_NEW_TOKENS
+) -> float:
     """
     Fraction (0..1) of the rows of `split` whose greedy completion boxes the right sum.
 
@@ -194,23 +199,23 @@ def greedy_accuracy(path: str | Path, split: Dataset, batch_size: int = 125) -> 
     for start in tqdm(range(0, len(split), batch_size), desc="greedy accuracy"):
         rows = split[start : start + batch_size]
         inputs = tokenize(processor, rows)
-        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+        tokens = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
         texts = processor.batch_decode(tokens[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         correct += sum(is_correct(text, solution) for text, solution in zip(texts, rows["solution"], strict=True))
     return correct / len(split)
 
 
-def build_teacher(splits: DatasetDict, output_dir: Path, seed: int) -> None:
+def build_teacher(splits: DatasetDict, output_dir: Path, seed: int, processor: LlavaProcessor | None = None) -> None:
     """166k parameters, trained on right answers; a minute and a half on one core."""
-    processor = build_processor()
+    processor = processor or build_processor()
     model = build_model(processor, width=64, seed=seed)
     train_sft(model, processor, splits["train"], output_dir, seed, max_steps=1000, learning_rate=2e-3)
     save(model, processor, output_dir)
 
 
-def build_student(splits: DatasetDict, output_dir: Path, seed: int) -> None:
+def build_student(splits: DatasetDict, output_dir: Path, seed: int, processor: LlavaProcessor | None = None) -> None:
     """95k parameters, trained on answers of which half state a sum that is one too high; half a minute on one core."""
-    processor = build_processor()
+    processor = processor or build_processor()
     model = build_model(processor, width=48, seed=seed)
     train_split = with_wrong_sums(splits["train"], seed)
     train_sft(model, processor, train_split, output_dir, seed, max_steps=400, learning_rate=3e-3)

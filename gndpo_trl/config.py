@@ -8,8 +8,10 @@ from trl import GRPOConfig
 from .config_checks import (
     ESTIMATORS,
     SCORE_BASELINES,
+    TEACHER_ALIGNMENTS,
     TEACHER_WEIGHTS,
     advantage_problems,
+    alignment_problems,
     estimator_problems,
     loss_problems,
     sampling_statistics_problems,
@@ -72,6 +74,11 @@ class GNDPOConfig(ExtendedGRPOConfig):
             For `estimator="exact"` and `score_baseline="expected"`: number of the teacher's likeliest tokens that are known
             at each position, beside the sampled one and the mass of the rest. A teacher behind a server needs it, and its
             `--max-logprobs` has to be larger. `None`: all tokens, of teachers in this process.
+        teacher_alignment (`str`, *optional*, defaults to `"ids"`):
+            How the teacher reads what the student sampled. `"ids"`: token by token, after the student's prompt and images, which
+            takes a teacher of the student's model family. `"text"`: as text, with a chat template, image processor and tokenizer
+            of its own, compared with the student's tokens in pieces that end alike. For teachers of any family; only for sampled
+            tokens.
         teacher_chat_template_kwargs (`str` or `dict[str, Any]`, *optional*):
             Keyword arguments for the chat template where it renders the column `teacher_prompt`, over those of
             `chat_template_kwargs`. The answer has to begin at the same point of the template for both.
@@ -312,6 +319,16 @@ class GNDPOConfig(ExtendedGRPOConfig):
             "needs it, and its `--max-logprobs` has to be larger. `None`: all tokens, of teachers in this process."
         },
     )
+    teacher_alignment: str = field(
+        default="ids",
+        metadata={
+            "help": 'How the teacher reads what the student sampled. `"ids"`: token by token, after the student\'s prompt and '
+            'images, which takes a teacher of the student\'s model family. `"text"`: as text, with a chat template, image '
+            "processor and tokenizer of its own, compared with the student's tokens in pieces that end alike. For teachers "
+            "of any family; only for sampled tokens.",
+            "choices": list(TEACHER_ALIGNMENTS),
+        },
+    )
     teacher_chat_template_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -533,8 +550,12 @@ class GNDPOConfig(ExtendedGRPOConfig):
 
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
-        for find in (score_problems, advantage_problems, teacher_problems, loss_problems, estimator_problems):
-            yield from find(self)
+        yield from score_problems(self)
+        yield from advantage_problems(self)
+        yield from teacher_problems(self)
+        yield from alignment_problems(self)
+        yield from loss_problems(self)
+        yield from estimator_problems(self)
 
     def _late_problems(self) -> Iterator[str]:
         yield from super()._late_problems()

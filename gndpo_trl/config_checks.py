@@ -10,6 +10,7 @@ from typing import Any
 
 # What `teacher_weights` may be; the docstring of the configuration says what each means.
 TEACHER_WEIGHTS = ("initial", "ema", "periodic", "live")
+TEACHER_ALIGNMENTS = ("ids", "text")
 SCORE_BASELINES = ("expected",)
 ESTIMATORS = ("sampled", "exact")
 LEVELS = ("sequence_token", "token")
@@ -102,6 +103,27 @@ def teacher_problems(args: Any) -> Iterator[str]:
             f"`ddp_timeout` ({args.ddp_timeout}), after which ranks stop to wait for one another. Raise the latter "
             "if it takes that long."
         )
+
+
+def alignment_problems(args: Any) -> Iterator[str]:
+    if args.teacher_alignment == "ids":
+        return
+    other_vocabulary = "a teacher of another family has distributions over other tokens than the student's"
+    reasons = {
+        "estimator": (args.estimator != "sampled", other_vocabulary),
+        "score_baseline": (args.score_baseline is not None, other_vocabulary),
+        "teacher_top_k": (args.teacher_top_k is not None, other_vocabulary),
+        "score_discount": (
+            args.score_discount != 0.0,
+            "a token has the score of its whole piece, which would be added up",
+        ),
+    }
+    for name, (is_set, reason) in reasons.items():
+        if is_set:
+            yield (
+                f'`{name}` is {getattr(args, name)!r}, which does not go with `teacher_alignment="{args.teacher_alignment}"`: '
+                f"{reason}. Leave one of them out."
+            )
 
 
 def loss_problems(args: Any) -> Iterator[str]:

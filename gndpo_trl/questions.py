@@ -31,8 +31,14 @@ class QuestionsMixin:
             rows = self._with_teacher_prompts(mode, rows)
             with raised_on_all_ranks():
                 check_images_were_kept(rollout, self.max_completion_length)
-                question = self._teacher_prompts.exchange({**rollout, "rows": rows})
+                renders = self.teacher.renders_rows(rows) if self.teacher.renders else [False] * len(rows)
+                nothing = {"teacher_prompt": None, "teacher_images": None}
+                exchanged = [{**row, **nothing} if own else row for row, own in zip(rows, renders, strict=True)]
+                question = {**self._teacher_prompts.exchange({**rollout, "rows": exchanged}), "rows": rows}
             self.teacher.start(question)
+            pieces = self.teacher.pieces(question)
+            if pieces is not None:
+                rollout["pieces"] = pieces
         return question
 
     def _calculate_rewards(self, inputs, prompts, completions, completion_ids_list):
@@ -77,6 +83,12 @@ class QuestionsMixin:
             raise ValueError(
                 "`teacher_model` has several teachers, but `remove_unused_columns` is True, which removes the column "
                 "`teacher` that says whose a row is. Set it to False."
+            )
+        if self.teacher.renders and (self.tools or self.environment_factories is not None):
+            which = "tools" if self.tools else "environment_factory"
+            raise ValueError(
+                f'`teacher_alignment` is "text" and `{which}` is set, but then completions hold turns in the student\'s chat '
+                "template, which the teacher does not know. Train without, or choose a teacher of the student's model family."
             )
         for field, dataset in by_argument(self.train_dataset, self.eval_dataset).items():
             self.teacher.check_data(field, dataset, has_prompt_fn)

@@ -229,7 +229,8 @@ class GNDPOTrainer(SequenceTokenMixin, OnePassMixin, QuestionsMixin, BatchLogsMi
         who = population.teachers, self.teacher.names
         check_says_something(reading.teacher_logps, rollout["completion_ids"], mask, vocab_size, *who)
         # Scores in nats, log pi_T - log pi_old, clamped.
-        scores = self.score(reading.teacher_logps, reading.student_logps, mask, reading.reference_logps)
+        logps = (reading.teacher_logps, reading.student_logps, mask, reading.reference_logps)
+        scores = self.score(*logps, rollout.get("pieces"))
         # Whitened over all valid tokens of the generation batch, on all ranks and in all accumulation steps.
         advantages, moments = self.estimator.advantages(scores, reading, mask, population)
         check_advantages(self.estimator, advantages, moments, mask)

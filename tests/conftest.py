@@ -3,6 +3,7 @@ import os
 import re
 from pathlib import Path
 
+import other_tokenizers
 import pytest
 import tiny_models
 import torch
@@ -74,12 +75,17 @@ def reference_vectors() -> list[dict]:
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory) -> dict[str, str]:
-    """Paths of a student and a wider teacher of each family: `{family}-student`, `{family}-teacher`."""
+    """
+    Paths of a student and a wider teacher of each family: `{family}-student`, `{family}-teacher`; and of a teacher over
+    bytes, `other-teacher`.
+    """
     root = tmp_path_factory.mktemp("checkpoints")
     paths = {}
     for family, build in tiny_models.BUILDERS.items():
         paths[f"{family}-student"] = tiny_models.save(*build(seed=0), root / f"{family}-student")
         paths[f"{family}-teacher"] = tiny_models.save(*build(seed=1, width=48), root / f"{family}-teacher")
+    other = tiny_models.build_qwen3(seed=1, width=48, tokenizer=other_tokenizers.over_bytes())
+    paths["other-teacher"] = tiny_models.save(*other, root / "other-teacher")
     return paths
 
 

@@ -166,7 +166,8 @@ def test_two_steps_on_tiny_models(checkpoints, datasets, tmp_path, monkeypatch, 
         "dataloader_pin_memory": False,
     }
     if values.get("algorithm") != "gspo":
-        options["teacher_model_name_or_path"] = checkpoints[f"{family}-teacher"]
+        whose = "other" if values.get("teacher_alignment") == "text" else family
+        options["teacher_model_name_or_path"] = checkpoints[f"{whose}-teacher"]
     if family != "qwen3":  # random models sample the placeholders of their family
         placeholders = list(range(3, 3 + len(tiny_models.SPECIAL_TOKENS)))
         options["generation_kwargs"] = json.dumps({"suppress_tokens": placeholders})

@@ -94,6 +94,33 @@ def test_a_run_is_that_with_the_same_teacher_here(make_served, make_trainer, ser
         assert logged(runs[0], name) == pytest.approx(logged(runs[1], name), abs=1e-4), name
 
 
+def test_a_teacher_of_another_family_gets_its_own_tokens(make_served, make_trainer, serve, checkpoints):
+    server, path = serve(checkpoints["other-teacher"]), checkpoints["other-teacher"]
+    options = {"teacher_alignment": "text", "share_prompts": False}
+    trainer = make_served(server.url, teacher_model_name_or_path=path, **options)
+    local = make_trainer(teacher_model=path, **options)
+    rollout = {**make_rollout(trainer), "rows": rows_of(trainer)}
+    found, expected = (one.teacher.per_token_logps(rollout) for one in (trainer, local))
+    mask = rollout["completion_mask"].bool()
+    assert mask.sum() > 2 * expected[mask].isnan().sum()
+    torch.testing.assert_close(found[mask], expected[mask], rtol=0, atol=1e-5, equal_nan=True)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    assert all(tokenizer.decode(row).startswith("<turn>user\nwhat is") for row in server.rows[-8:])
+    with pytest.raises(ValueError, match='disagree.*`teacher_model_name_or_path`, and set `teacher_alignment="text"`'):
+        make_served(server.url)
+
+
+def test_pictures_of_a_teacher_of_another_family(make_trainer, serve, checkpoints):
+    server = serve(checkpoints["qwen25vl-teacher"], max_model_len=4096)
+    options = {"teacher_alignment": "text", "teacher_model_name_or_path": checkpoints["qwen25vl-teacher"]}
+    trainer = make_trainer("internvl", teacher_server_url=[server.url], **options)
+    local = make_trainer("internvl", **options)
+    rollout = {**make_rollout(trainer), "rows": rows_of(trainer)}
+    found, expected = (one.teacher.per_token_logps(rollout) for one in (trainer, local))
+    mask = rollout["completion_mask"].bool()
+    torch.testing.assert_close(found[mask], expected[mask], rtol=0, atol=1e-5)
+
+
 def test_the_server_works_while_the_student_is_scored(make_served, serve):
     server, scored = serve(), threading.Event()
     trainer = make_served(server.url, share_prompts=False)

@@ -33,7 +33,8 @@ class ScoredInLoss(Sampled):
         with raised_on_all_ranks():
             check_finite("student", logps, inputs, mask, self.models.tokenizer)
         self.models.watch_sampler(inputs, logps)
-        scores = self.score(inputs["teacher_per_token_logps"], logps, mask, inputs["reference_logps"])
+        teacher_logps, reference_logps = inputs["teacher_per_token_logps"], inputs["reference_logps"]
+        scores = self.score(teacher_logps, logps, mask, reference_logps, inputs.get("pieces"))
         advantages = self.population.whiten(scores.shaped, mask, inputs["score_moments"])
         return self.mix(advantages, inputs["reward_advantages"], mask)
 

@@ -16,7 +16,7 @@ class Scores(NamedTuple):
     Scores `(B, T)` of the sampled tokens, 0 on masked ones.
 
     Attributes:
-        raw: In nats, as the models give them.
+        raw: In nats, as the models give them; of a piece of several tokens an even share to each.
         shaped: What is compared with its population: clamped, or a difference of probabilities, with what follows it.
     """
 
@@ -47,6 +47,7 @@ class Score:
         old_logps: torch.Tensor,
         mask: torch.Tensor,
         reference_logps: torch.Tensor | None = None,
+        pieces: torch.Tensor | None = None,
     ) -> Scores:
         """
         Scores of sampled tokens.
@@ -57,10 +58,15 @@ class Score:
             mask (`torch.Tensor` of shape `(B, T)`): Nonzero on valid tokens.
             reference_logps (`torch.Tensor` of shape `(B, T)`, *optional*): Those under the student before training, which
                 extrapolation needs.
+            pieces (`torch.Tensor` of shape `(B, T)`, *optional*): Numbers below `T`, the same for tokens that have one score
+                together: that of the piece, which each of them answers for, see [`piece_sums`]. `None`: each has its own.
 
         Returns:
             [`Scores`]: without gradient.
         """
+        if pieces is not None:
+            teacher_logps, old_logps = (piece_sums(logps, pieces, mask) for logps in (teacher_logps, old_logps))
+            reference_logps = reference_logps if reference_logps is None else piece_sums(reference_logps, pieces, mask)
         if self.extrapolation == 1.0:
             raw = token_scores(teacher_logps, old_logps, mask)
         else:
@@ -71,7 +77,29 @@ class Score:
             shaped = power_scores(teacher_logps, old_logps, mask, self.power).detach()
         if self.discount != 0:
             shaped = discounted_scores(shaped, self.discount).masked_fill(mask == 0, 0.0)
+        if pieces is not None:
+            raw = raw / piece_sums(torch.ones_like(raw), pieces, mask).clamp(min=1)
         return Scores(raw, shaped)
+
+
+def piece_sums(values: torch.Tensor, pieces: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """
+    For each token the sum over its piece.
+
+    Of log-probs that is the log-prob of the piece. With its score `s` for each of its tokens, REINFORCE follows
+    `s · Σ_t ∇ log π(y_t) = s · ∇ log π(piece)`, the gradient of the reverse KL divergence over pieces. With even shares of `s`
+    it would be that of no divergence: pieces of `k` tokens would count a `k`-th.
+
+    Args:
+        values (`torch.Tensor` of shape `(B, T)`): One for each token.
+        pieces (`torch.Tensor` of shape `(B, T)`): Numbers of pieces, below `T`.
+        mask (`torch.Tensor` of shape `(B, T)`): Nonzero on the tokens that count.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T)`
+    """
+    values = values.masked_fill(mask == 0, 0.0)
+    return torch.zeros_like(values).scatter_add(1, pieces, values).gather(1, pieces)
 
 
 def token_scores(teacher_logps: torch.Tensor, old_logps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

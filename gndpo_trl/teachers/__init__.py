@@ -3,6 +3,7 @@
 from ..grpo.hidden_states import HiddenStates
 from ..objective.likeliest import LikeliestTokens, keep_likeliest
 from .local import LocalTeacher
+from .other_family import OtherFamily
 from .prompt_fn import Completion, TeacherPromptFn
 from .routed import RoutedTeacher
 from .self_teacher import InitialStudent, SelfTeacher
@@ -16,6 +17,7 @@ __all__ = [
     "InitialStudent",
     "LikeliestTokens",
     "LocalTeacher",
+    "OtherFamily",
     "RoutedTeacher",
     "SelfTeacher",
     "ServerTeacher",

@@ -26,6 +26,7 @@ from transformers import (
 )
 from trl import prepare_multimodal_messages
 
+from ..grpo.sampling import placeholder_ids
 from ..grpo.trl_hooks import get_config_model_id
 
 
@@ -48,6 +49,12 @@ PROBES = (
 )
 
 T = TypeVar("T")
+
+# What a teacher that cannot read the student's ids and image tensors is offered.
+ANOTHER_READING = (
+    'or set `teacher_alignment="text"`, with which a teacher of any family reads prompts, images and completions in a form of '
+    "its own."
+)
 
 # A folder with a tokenizer has at least one of these.
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
@@ -210,7 +217,7 @@ def check_vocabularies(
         raise ValueError(
             f"The tokenizers of student and teacher disagree on {len(conflicts)} of the student's "
             f"{len(student_tokens)} token ids: {named}. The teacher scores the student's token ids, so each must mean "
-            "the same token to both: choose a `teacher_model` of the student's model family."
+            f"the same token to both: choose a `teacher_model` of the student's model family, {ANOTHER_READING}"
         )
 
 
@@ -228,7 +235,7 @@ def check_images(student: ModelDescription, teacher: ModelDescription) -> None:
         raise ValueError(
             f"The image placeholder is token id {image_token_id} for the student and "
             f"{getattr(teacher.config, 'image_token_id', None)} for the teacher (`config.image_token_id`). Choose a "
-            "`teacher_model` of the student's model family."
+            f"`teacher_model` of the student's model family, {ANOTHER_READING}"
         )
     for size in PROBE_SIZES:
         image = Image.linear_gradient("L").resize(size).convert("RGB")  # not the same upside down
@@ -251,7 +258,8 @@ def check_images(student: ModelDescription, teacher: ModelDescription) -> None:
             raise ValueError(
                 f"An image of {size} pixels takes {student_count} placeholder tokens for the student and "
                 f"{teacher_count} for the teacher. The teacher reads the student's token ids, so its image features "
-                "would not fit: choose a `teacher_model` of the same model family, or make the processors equal."
+                "would not fit: choose a `teacher_model` of the same model family, make the processors equal, "
+                f"{ANOTHER_READING}"
             )
 
 
@@ -281,9 +289,15 @@ def check_image_tensors(student: BaseImageProcessor, teacher: BaseImageProcessor
             raise ValueError(
                 f"The image processors of student and teacher disagree: the same image gives other `{key}` ({found}). "
                 f"Options that differ (student, teacher): {'; '.join(options) or 'none'}. The teacher is given the "
-                "student's image tensors: choose a `teacher_model` of the same model family, or make the image "
-                "processors equal."
+                "student's image tensors: choose a `teacher_model` of the same model family, make the image processors "
+                f"equal, {ANOTHER_READING}"
             )
+
+
+def placeholders_of(model: ModelDescription) -> frozenset[int]:
+    """Token ids that stand for what is not text; of a model of text, none."""
+    owners = [model.config, *([model.processing_class] if isinstance(model.processing_class, ProcessorMixin) else [])]
+    return frozenset(placeholder_ids(*owners))
 
 
 def warn_on_special_tokens(student: ModelDescription, teacher: ModelDescription) -> None:

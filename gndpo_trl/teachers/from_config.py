@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixi
 
 from ..config import GNDPOConfig
 from .local import LocalTeacher
+from .other_family import OtherFamily
 from .routed import RoutedTeacher
 from .self_teacher import InitialStudent, SelfTeacher
 from .served.teacher import ServerTeacher
@@ -58,6 +59,11 @@ def get_teacher(
             f"`teacher_weights` is {args.teacher_weights!r}, but the teacher is a model of its own, whose weights stay. "
             'Unset it, or set `teacher_model` to "self".'
         )
+    if is_self(teacher_model) and args.teacher_alignment != "ids":
+        raise ValueError(
+            f'`teacher_alignment` is {args.teacher_alignment!r}, but `teacher_model` is "self", which has the student\'s tokens. '
+            "Unset it."
+        )
     if args.teacher_server_url is not None:
         return get_server_teacher(teacher_processing_class, args)
     if args.teacher_server_model is not None:
@@ -71,6 +77,7 @@ def get_teacher(
         "teacher_model_init_kwargs": args.teacher_model_init_kwargs,
         "teacher_offload": args.teacher_offload or None,
         "teacher_top_k": args.teacher_top_k,
+        "teacher_alignment": None if args.teacher_alignment == "ids" else args.teacher_alignment,
     }
     for name, value in options.items():
         if value is not None and all(isinstance(teacher, Teacher) for teacher in teachers):
@@ -106,7 +113,7 @@ def make_teacher(
         return teacher
     if is_self(teacher):
         return get_self_teacher(processing_class, args, student)
-    return LocalTeacher(
+    local = LocalTeacher(
         teacher,
         processing_class,
         revision=args.teacher_model_revision,
@@ -116,11 +123,12 @@ def make_teacher(
         max_completion_length=args.max_completion_length,
         top_k=args.teacher_top_k,
     )
+    return OtherFamily(local) if args.teacher_alignment == "text" else local
 
 
 def get_server_teacher(
     processing_class: PreTrainedTokenizerBase | ProcessorMixin | None, args: GNDPOConfig
-) -> ServerTeacher:
+) -> Teacher:
     init_kwargs = dict(args.teacher_model_init_kwargs or {})
     trust_remote_code = init_kwargs.pop("trust_remote_code", False)  # of the tokenizer, which is loaded here
     for name, value in {"teacher_model_init_kwargs": init_kwargs, "teacher_offload": args.teacher_offload}.items():
@@ -144,7 +152,7 @@ def get_server_teacher(
         top_k=args.teacher_top_k,
     )
     check_not_sampled_from(teacher, args)
-    return teacher
+    return OtherFamily(teacher) if args.teacher_alignment == "text" else teacher
 
 
 def check_not_sampled_from(teacher: ServerTeacher, args: GNDPOConfig) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 from trl import prepare_multimodal_messages
 
 from ..grpo.data_checks import rows_with_images, rows_with_values
@@ -69,6 +69,7 @@ class TeacherPrompts:
         self.tools = tools
         self.pad_to_multiple_of = pad_to_multiple_of
         self.special_tokens = SpecialTokens(processing_class)
+        self.student_tokenizer = self.tokenizer  # of the prompts that the student has read
         self.is_shown = False
 
     def check_dataset(
@@ -262,13 +263,14 @@ class TeacherPrompts:
         is_text = isinstance(row.get("prompt"), str) and not isinstance(row.get("teacher_prompt"), list)
         endings = [] if is_text else self.endings
 
-        def ends(ids: list[int]) -> list[bool]:
-            last = self.tokenizer.decode(ids[-len(OPEN_REASONING) :]).rstrip()
+        def ends(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[bool]:
+            last = tokenizer.decode(ids[-len(OPEN_REASONING) :]).rstrip()
             at_endings = [ids[len(ids) - len(ending) :] == ending for ending in endings]
             return [*at_endings, last.endswith(OPEN_REASONING)]
 
-        if ends(student_ids) != ends(teacher_ids):
-            before, after = (self.tokenizer.decode(ids[-20:]) for ids in (student_ids, teacher_ids))
+        student, teacher = (student_ids, self.student_tokenizer), (teacher_ids, self.tokenizer)
+        if ends(*student) != ends(*teacher):
+            before, after = (tokenizer.decode(ids[-20:]) for ids, tokenizer in (student, teacher))
             raise ValueError(
                 f"The prompts of student and teacher end at different points of the chat template: the student's as "
                 f"{before!r}, the teacher's as {after!r} (prompt: {quote(row)}). The completion would not follow on the "
@@ -280,10 +282,9 @@ class TeacherPrompts:
     def _show(self, student_ids: list[int], teacher_ids: list[int]) -> None:
         self.is_shown = True
         if PartialState().is_main_process:
-            for reader, ids in (("student", student_ids), ("teacher", teacher_ids)):
-                text = re.sub(
-                    r"(<[^<>]+>)(?:\s?\1)+", r"\1...", self.tokenizer.decode(ids)
-                )  # placeholders of an image
+            both = (("student", student_ids, self.student_tokenizer), ("teacher", teacher_ids, self.tokenizer))
+            for reader, ids, tokenizer in both:
+                text = re.sub(r"(<[^<>]+>)(?:\s?\1)+", r"\1...", tokenizer.decode(ids))  # placeholders of an image
                 print(f"A prompt as the {reader} reads it:\n{printable(text)}\n", flush=True)
 
 

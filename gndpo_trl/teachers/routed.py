@@ -52,6 +52,13 @@ class RoutedTeacher(Teacher):
         sizes = [teacher.vocab_size for teacher in self.teachers.values() if teacher.vocab_size is not None]
         return min(sizes, default=None)
 
+    @property
+    def renders(self) -> bool:
+        return any(teacher.renders for teacher in self.teachers.values())
+
+    def renders_rows(self, rows: list[dict[str, Any]]) -> list[bool]:
+        return [self.teachers[self.names[number]].renders for number in self.route(rows)]
+
     def callbacks(self) -> list[TrainerCallback]:
         return [callback for teacher in self.teachers.values() for callback in teacher.callbacks()]
 
@@ -101,6 +108,18 @@ class RoutedTeacher(Teacher):
         self.asked = rollout, self._ask(rollout)
         for _, teacher, question, _ in self.asked[1]:
             teacher.start(question)
+
+    def pieces(self, rollout: dict[str, Any]) -> torch.Tensor | None:
+        if not self.renders:
+            return None
+        ids = rollout["completion_ids"]
+        pieces = torch.arange(ids.size(1), device=ids.device).repeat(len(ids), 1)
+        self.asked = rollout, self._asked(rollout)
+        for _, teacher, question, rows in self.asked[1]:
+            found = teacher.pieces(question)
+            if found is not None:
+                pieces[rows] = found[: len(rows)]
+        return pieces
 
     def per_token_logps(self, rollout: dict[str, Any]) -> torch.Tensor:
         ids = rollout["completion_ids"]

@@ -46,11 +46,13 @@ class Teacher(TrainerCallback):
         is_read_when_due (`bool`): Whether `hidden_states` are asked for a micro-batch at a time, when its loss is due, where they
             can be, and not for a generation batch, whose states wait in CPU memory. For models that stay where they are.
         names (`tuple[str, ...]`): Names of those that share the rows where this stands for several, see `route`.
+        renders (`bool`): Whether it makes prompts of the `rows` by itself, and has `pieces`.
     """
 
     vocab_size: int | None = None
     is_read_when_due: bool = False
     names: tuple[str, ...] = ()
+    renders: bool = False
 
     def callbacks(self) -> list[TrainerCallback]:
         """Who follows the run as a callback: this teacher."""
@@ -97,6 +99,10 @@ class Teacher(TrainerCallback):
         """The number in `names` of the teacher of each row, for metrics and whitening. Asked where there are names."""
         raise NotImplementedError(f"{type(self).__name__} has `names`, but no `route`.")
 
+    def renders_rows(self, rows: list[dict[str, Any]]) -> list[bool]:
+        """For each row whether its teacher `renders`; the others are given prompts in the student's ids."""
+        return [self.renders] * len(rows)
+
     def start(self, rollout: dict[str, Any]) -> None:
         """Begin to score a rollout and return at once. For teachers elsewhere: the student is scored meanwhile."""
 
@@ -112,6 +118,14 @@ class Teacher(TrainerCallback):
             `may_not_know`. Masked positions may hold anything.
         """
         raise NotImplementedError(f"{type(self).__name__} has no `per_token_logps`.")
+
+    def pieces(self, rollout: dict[str, Any]) -> torch.Tensor | None:
+        """
+        Which tokens have one score together, because the teacher knows them only so: `(B, T)` numbers below `T`, the same for
+        the tokens of a piece, of which each is given an even share of its log-prob. `None`: each token has its own. Asked
+        after `start`.
+        """
+        return None
 
     def may_not_know(self, rows: list[dict[str, Any]]) -> list[bool]:
         """

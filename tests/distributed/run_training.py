@@ -219,7 +219,7 @@ def train(spec: dict) -> dict:
     advantages = {}
     teacher_forwards = []
     teacher = trainer.teacher.teachers["first"] if spec.get("routed") else trainer.teacher
-    engine = getattr(teacher, "model", None)
+    engine = getattr(getattr(teacher, "teacher", teacher), "model", None)
     engine = engine if isinstance(engine, torch.nn.Module) else trainer.model
     engine.register_forward_pre_hook(
         lambda module, args, kwargs: teacher_forwards.append(kwargs["input_ids"].numel()), with_kwargs=True

@@ -34,6 +34,12 @@ CASES = {
         "config": {"advantage_normalization": "teacher"},
     },
     "own prompts": {"completions": SPREAD_COMPLETIONS, "family": "internvl", "own_prompts": True},
+    "other family": {
+        "completions": SPREAD_COMPLETIONS,
+        "own_prompts": True,
+        "teacher": "other-teacher",
+        "config": {"teacher_alignment": "text"},
+    },
     "teacher offloaded": {"completions": SPREAD_COMPLETIONS, "config": {"teacher_offload": True}},
     "none": {"completions": SPREAD_COMPLETIONS, "config": {"advantage_normalization": "none"}},
     "baseline": {"completions": SPREAD_COMPLETIONS, "config": {"score_baseline": "expected"}},
@@ -69,7 +75,9 @@ def run_case(launch, case: str, accelerate_config: str | None, batch_size: int, 
         "per_device_train_batch_size": batch_size,
         "gradient_accumulation_steps": accumulation,
     }
-    spec.update({key: value for key, value in options.items() if key not in ("config", "family")})
+    spec.update({key: value for key, value in options.items() if key not in ("config", "family", "teacher")})
+    if "teacher" in options:
+        spec["teacher"] = launch.checkpoints[options["teacher"]]
     run = launch(accelerate_config, options.get("family", "qwen3"), config, **spec)
     assert run.returncode == 0, run.output
     return run
@@ -120,6 +128,8 @@ def gradients(run, start: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         ("routed apart", "ddp", 2, 2),
         ("routed apart", "zero3", 4, 1),
         ("own prompts", "zero3", 2, 2),
+        ("other family", "ddp", 2, 2),
+        ("other family", "zero3", 2, 2),
         ("teacher offloaded", "zero2", 2, 2),
         ("none", "zero3", 2, 2),
         ("baseline", "ddp", 2, 2),

@@ -74,6 +74,21 @@ def test_it_scores_as_the_same_teacher_here(make, teacher_urls, checkpoints, fam
     assert [entry.get("teacher/unknown_tokens", 0) for entry in trainer.state.log_history] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("images", [False, True])
+def test_a_teacher_of_another_family_scores_as_the_same_one_here(make, teacher_urls, checkpoints, images):
+    path = checkpoints["qwen25vl-student"]
+    options = {"images": images, "teacher_alignment": "text", "teacher_model_name_or_path": path}
+    trainer, local = make("internvl", teacher_urls["qwen25vl"], **options), make("internvl", **options)
+    rollout = {**make_rollout(trainer), "rows": [trainer.train_dataset[index // 2] for index in range(8)]}
+    assert ("num_images" in rollout) == images
+    mask = rollout["completion_mask"].bool()
+    found, expected = (one.teacher.per_token_logps(rollout) for one in (trainer, local))
+    torch.testing.assert_close(found[mask], expected[mask], rtol=0, atol=1e-5, equal_nan=True)
+    assert expected[mask].isfinite().float().mean() > 0.8
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
 @pytest.mark.parametrize("family, images", [("qwen25vl", False), ("qwen25vl", True), ("internvl", True)])
 def test_with_all_tokens_the_exact_gradient_is_that_of_the_same_teacher_here(
     make, teacher_urls, checkpoints, family, images

@@ -11,13 +11,13 @@ import torch
 from PIL import Image, ImageOps
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from ...grpo.sampling import placeholder_ids
 from ..compatibility import (
     PROBE_SIZES,
     ModelDescription,
     ProcessingClass,
     check_vocabularies,
     describe,
+    placeholders_of,
     render,
     try_probes,
     warn_on_chat_template,
@@ -79,7 +79,8 @@ def check_servers(servers: VLLMServers, wanted: Wanted, student: ModelDescriptio
     """
     try:
         model = find_model(servers, wanted)
-        model.image_token_id, model.placeholders = find_placeholders(student)
+        model.image_token_id = getattr(student.config, "image_token_id", None)
+        model.placeholders = placeholders_of(student)
         check_tokens(servers, model, wanted, student)
         vocab_size = student.config.get_text_config().vocab_size
         model.vocab_size = find_vocab_size(servers, model, vocab_size)
@@ -156,15 +157,6 @@ def choose_card(url: str, cards: list[dict[str, Any]], name: str | None) -> dict
     return cards[0]
 
 
-def find_placeholders(student: ModelDescription) -> tuple[int | None, frozenset[int]]:
-    """The id of a picture's placeholder, and those of all placeholders; of a model of text, none."""
-    owners = [
-        student.config,
-        *([student.processing_class] if isinstance(student.processing_class, ProcessorMixin) else []),
-    ]
-    return getattr(student.config, "image_token_id", None), frozenset(placeholder_ids(*owners))
-
-
 def check_tokens(servers: VLLMServers, model: ServedModel, wanted: Wanted, student: ModelDescription) -> None:
     """Compare the tokenizers: with the teacher's if it was given, else with the server's answers."""
     teacher = wanted.description
@@ -192,7 +184,7 @@ def check_texts(servers: VLLMServers, model: ServedModel, tokenizer: PreTrainedT
             f"{'unknown' if text is None else repr(text)} to the vLLM server at {servers.urls[0]}. The teacher scores the "
             "student's token ids, so each must mean the same token to both: serve a teacher of the student's model family. "
             "If the two only write it differently, pass the teacher's tokenizer as `teacher_processing_class`, which is "
-            "compared token by token."
+            'compared token by token. Or name its path in `teacher_model_name_or_path`, and set `teacher_alignment="text"`.'
         )
     half = len(ids) // 2
     check_texts(servers, model, tokenizer, ids[:half])

@@ -119,6 +119,11 @@ class ServerTeacher(Teacher):
         self.asked: Asked | None = None
         self.num_compared = 0  # questions that a second server was asked, too
 
+    @property
+    def description(self) -> ModelDescription | None:
+        """What is known of it here; `None` if nothing is."""
+        return self.wanted.description
+
     def check(self, student: ModelDescription) -> None:
         """
         Ask every server what it runs, and for the log-probs of a probe, with images if the student reads images.
