@@ -470,6 +470,21 @@ def test_tables_of_other_regimes_stand_in_one(tmp_path):
     assert "20.0" in mixed["chain-demo-length"] and "models" not in mixed
 
 
+def test_samples_of_some_steps_ago_have_a_table_and_a_figure_of_their_own(tmp_path):
+    rows = rows_of({("global", 1e-3): [0.8, 0.6], ("exact", 1e-3): [0.9, 0.9], ("exact", 2e-3): [0.7]})
+    old = rows_of({("global", 1e-3): [0.1], ("exact", 1e-3): [0.8, 0.9]}).assign(regime="stale-4")
+    older = rows_of({("exact", 1e-3): [0.7]}).assign(regime="stale-8")
+    tables = report.tables(pd.concat([rows, old, older]))
+    assert tables["regimes"] == report.NO_ROWS
+    header, _, first, second = tables["staleness"].splitlines()  # the same seeds, and no rate without old samples
+    assert header == "| rate | arm | 0 | 4 | 8 |"
+    assert first == "| 0.001 | global | 80.0 (n=1) | 10.0 (n=1) | – |"
+    assert second.startswith("| 0.001 | exact | 90.0 [90.0, 90.0] (n=2) | 85.0 [80.0, 90.0] (n=2) | 70.0 (n=1) |")
+    report.plot_staleness(pd.concat([rows, old, older]), tmp_path / "stale.png")
+    report.plot_staleness(rows, tmp_path / "none.png")
+    assert [path.name for path in tmp_path.iterdir()] == ["stale.png"]
+
+
 def test_a_regimes_teacher_has_a_line_of_its_own():
     ends = rows_of({("student", 1e-3): [0.5], ("teacher", 1e-3): [0.9]})
     other = ends.assign(regime="four-bit-teacher", accuracy=0.8)

@@ -36,6 +36,8 @@ PEER = "distillation"
 
 NO_ROWS = "No runs yet."
 
+STALE = [name for name, regime in REGIMES.items() if regime.staleness]
+
 # An arm holds a learning rate if its mean accuracy there is this close to that at its best one.
 WITHIN = 0.05
 
@@ -192,6 +194,26 @@ def regimes(rows: pd.DataFrame) -> str:
     return markdown(header, table)
 
 
+def with_staleness(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the demo's task whose samples are some steps old, with those of the same arms, rates and seeds that are not."""
+    rows = rows[(rows["task"] == "digits") & ((rows["regime"] == "demo") | rows["regime"].isin(STALE))]
+    rows = rows.assign(staleness=rows["regime"].map(lambda name: REGIMES[name].staleness))
+    same = ["arm", "learning_rate", "seed"]
+    return rows.merge(rows[rows["staleness"] > 0][same].drop_duplicates(), on=same)
+
+
+def staleness(rows: pd.DataFrame) -> str:
+    """Rates and arms by the number of steps that samples are old: accuracy."""
+    rows = with_staleness(rows)
+    steps = sorted(rows["staleness"].unique())
+    table = []
+    for rate, part in rows.groupby("learning_rate"):
+        for arm in in_order(part["arm"]):
+            cells = [part[(part["arm"] == arm) & (part["staleness"] == number)]["accuracy"] for number in steps]
+            table.append([f"{rate:g}", arm, *(show(cell, percent) for cell in cells)])
+    return markdown(["rate", "arm", *map(str, steps)], table)
+
+
 def tables(rows: pd.DataFrame) -> dict[str, str]:
     """Name -> table. Those of the demo's regime are named after task and regime; a task without rows has a note there."""
     names = ("accuracy", "paired", "best", "reverse-kl", "length", "gradient-norm", "seeds")
@@ -199,7 +221,9 @@ def tables(rows: pd.DataFrame) -> dict[str, str]:
     ends = rows[rows["arm"].isin(["student", "teacher"])]
     if len(ends):
         result["models"] = by_seed_of_models(ends)
-    others = trained(rows[rows["regime"] != "demo"])
+    stale = rows["regime"].isin(STALE)
+    result["staleness"] = staleness(rows) if stale.any() else NO_ROWS
+    others = trained(rows[(rows["regime"] != "demo") & ~stale])
     result["regimes"] = regimes(others) if len(others) else NO_ROWS
     for task, part in trained(rows[rows["regime"] == "demo"]).groupby("task", sort=False):
         name = f"{task}-demo"
@@ -389,6 +413,25 @@ def plot_gradient_norms(rows: pd.DataFrame, path: Path) -> None:
     plt.close(figure)
 
 
+def plot_staleness(rows: pd.DataFrame, path: Path) -> None:
+    """Accuracy against the number of steps that samples are old, mean over seeds, at each learning rate."""
+    rows = with_staleness(rows)
+    rates, steps = sorted(rows["learning_rate"].unique()), sorted(rows["staleness"].unique())
+    if not rates:
+        return
+    figure, axes = plt.subplots(1, len(rates), figsize=(5 * len(rates), 4), squeeze=False, layout="constrained")
+    for axis, rate in zip(axes[0], rates, strict=True):
+        for arm in in_order(rows["arm"]):
+            part = rows[(rows["arm"] == arm) & (rows["learning_rate"] == rate)]
+            means = part.groupby("staleness")["accuracy"].mean()
+            axis.plot([steps.index(number) for number in means.index], 100 * means, label=arm, **style(arm))
+        axis.set_xticks(range(len(steps)), steps)
+        axis.set(title=f"learning rate {rate:g}", xlabel="age of samples, steps", ylabel="accuracy, %", ylim=(0, 100))
+        axis.legend(fontsize=7)
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
 def plot_cost(rows: pd.DataFrame, path: Path) -> None:
     """Accuracy against sampled tokens, mean over seeds, each arm that samples at its best rate."""
     rows = of_demo(rows)
@@ -490,6 +533,7 @@ def main() -> None:
     rows = read_results(args.results)
     plot_accuracy(rows, args.document.parent / "evidence_accuracy.png")
     plot_gradient_norms(rows, args.document.parent / "evidence_gradient_norm.png")
+    plot_staleness(rows, args.document.parent / "evidence_staleness.png")
     plot_cost(rows, args.document.parent / "evidence_cost.png")
     plot_time(read_results(args.times), rows, args.document.parent / "evidence_time.png")
     print(f"Rewritten: {args.document} and its figures, from {len(rows)} rows")
