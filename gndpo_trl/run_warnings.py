@@ -52,6 +52,9 @@ TEACHER_SHARE = 0.5
 DRIFT_FACTOR = 3
 DRIFT = 0.01
 
+# Mean change of a sampled token's log-prob, in nats, between the student that sampled and the one that learns.
+FAR_AHEAD = 0.05
+
 # Entries of the log of training, each with its "step".
 History = list[dict[str, float | None]]
 
@@ -298,6 +301,20 @@ def check_drift(history: History, args: GNDPOConfig) -> str | None:
     )
 
 
+def check_lead(history: History, args: GNDPOConfig) -> str | None:
+    """The student has become another one by the time that it learns from what it sampled."""
+    change, behind = latest(history, "sampling/policy_change/mean"), latest(history, "sampling/staleness")
+    if change is None or change <= FAR_AHEAD:
+        return None
+    return (
+        f"Completions are sampled with the weights of {behind:.2g} optimizer step{'' if behind == 1 else 's'} ago, after which "
+        f"the student finds their tokens {change:.2g} nats more or less likely on average, more than {FAR_AHEAD:g}: what it "
+        f"learns from is no longer its own. Lower `learning_rate` ({args.learning_rate:g}) or `sampling_lead` "
+        f"({args.sampling_lead})"
+        + ("." if args.estimator == "exact" else ', or set `estimator="exact"`, which bears more of it.')
+    )
+
+
 CHECKS = (
     check_nothing,
     check_noise,
@@ -307,4 +324,5 @@ CHECKS = (
     check_entropy,
     check_teacher_time,
     check_drift,
+    check_lead,
 )
