@@ -354,14 +354,20 @@ def test_configurations_that_can(make_config):
     make_config(sampling_lead=2, gradient_accumulation_steps=4, steps_per_generation=2)
 
 
-def look() -> str:
-    """
-    Looks.
+class Room:
+    """An environment without anything in it."""
 
-    Returns:
-        What is there.
-    """
-    return "nothing"
+    def reset(self, **kwargs) -> None:
+        pass
+
+    def look(self) -> str:
+        """
+        Looks.
+
+        Returns:
+            What is there.
+        """
+        return "nothing"
 
 
 @pytest.mark.parametrize(
@@ -369,7 +375,7 @@ def look() -> str:
     [
         ({}, "what samples is in this process.*vllm_mode"),
         ({"rollout_func": lambda prompts, trainer: {}}, "does not say that it may be called in a thread.*samples_ahead"),
-        ({"tools": [look]}, "does not go with tools or environments"),
+        ({"environment_factory": Room}, "does not go with tools or environments"),
     ],
 )
 def test_trainers_that_cannot_be(make_trainer, options, message):

@@ -47,7 +47,7 @@ class Request:
     tokenized: tuple
     lead: int
     due: int
-    sample: Callable[[], Any] = tuple
+    sample: Callable[[], Any] | None = None
     step: int = -1
     began: float = 0.0
     ended: float = 0.0
@@ -189,6 +189,7 @@ class SamplingLeadMixin:
     _requests: deque[Request]
     _look_ahead: LookAhead | None = None
     _due: Request | None = None  # the one whose turn it is, while TRL samples
+    _awaited: Request | None = None  # the same, and later the one after it
     _next: list[Request]
     _leads = _looks = False
     _tokenized: tuple | None = None
@@ -233,13 +234,24 @@ class SamplingLeadMixin:
         self._staleness = 0
         if self._lead:
             self._ahead = SamplingThread(steps_behind(self.args))
+            if self._line is not None:
+                self._line.beside = self._what_is_ahead
+
+    def _what_is_ahead(self) -> str:
+        """For the line of the step, which another thread draws."""
+        request = self._awaited
+        if request is None:
+            return ""
+        if request is self._due:
+            return "" if request.is_done else "waits for samples"
+        return "the next batch is sampled" if request.is_done else "the next batch is being sampled"
 
     def _leave_requests(self) -> None:
         if self._ahead is not None:
             self._ahead.end()
             if self.use_vllm:
                 self.vllm_generation.leave_requests()
-        self._ahead, self._look_ahead = None, None
+        self._ahead, self._look_ahead, self._awaited = None, None, None
         self._requests.clear()
         self._next.clear()
 
@@ -272,7 +284,8 @@ class SamplingLeadMixin:
         of_step = args.gradient_accumulation_steps - look_ahead.num_given
         first = max(len(self._requests), 1)  # the first request is for the batch in use
         for lead in range(first, self._lead + 1):
-            place = lead * args.steps_per_generation
+            # After a checkpoint whose completions were left, the batch in use begins in the middle.
+            place = lead * args.steps_per_generation - self._step % args.steps_per_generation
             rows = look_ahead.after(place) if place < left else None
             if rows is None:
                 return
@@ -429,5 +442,6 @@ class SamplingLeadMixin:
             self._requests.append(request)
             self._ahead.post(request)
         self._next.clear()
+        self._awaited = self._requests[0] if self._requests else None
 
 

@@ -228,6 +228,7 @@ class ExactVLLMGeneration(VLLMGeneration):
             `Callable`: asks the server, in any thread, and returns what `answered` takes. It does nothing on other ranks than
                 the one that asks.
         """
+        self._check_lengths(prompts)
         noted = NotedRequest()
         with self._client_is(noted):
             super().generate(prompts, images, num_generations)
@@ -273,9 +274,12 @@ class ExactVLLMGeneration(VLLMGeneration):
         finally:
             self.vllm_client = own
 
-    def generate(self, prompts, images, num_generations, profiler=None):
+    def _check_lengths(self, prompts: list[list[int]]) -> None:
         for row, prompt in enumerate(prompts):
             check_prompt_length(f"The prompt of row {row} of a batch", len(prompt), self.settings["max_model_len"])
+
+    def generate(self, prompts, images, num_generations, profiler=None):
+        self._check_lengths(prompts)
         client = nullcontext()
         if self.mode == "colocate":
             client = expanded_prompts(self.llm)
