@@ -227,34 +227,48 @@ def simulate(args: argparse.Namespace) -> None:
             time.sleep(seconds)
             completions = torch.randint(3, VOCABULARY, (len(rows), args.length), generator=generator).tolist()
             prompt_ids = [[3] * PROMPT for _ in rows]
-            return {"prompt_ids": prompt_ids, "completion_ids": completions, "logprobs": [[0.0] * args.length] * len(rows)}
+            return {
+                "prompt_ids": prompt_ids,
+                "completion_ids": completions,
+                "logprobs": [[0.0] * args.length] * len(rows),
+            }
 
         return rollout_func
 
     teacher = {"teacher_model_name_or_path": str(FOLDER / "teacher")}
     rest = measure(args, 0, servers(0.0), **teacher)["rest"]
     one_server = args.ratio * rest
-    print("| servers | lead | step, s | on paper | learning waited | on paper | samples waited | on paper |\n|---|---|---|---|---|---|---|---|")
+    print(
+        "| servers | lead | step, s | on paper | learning waited | on paper | samples waited | on paper |\n|---|---|---|---|---|---|---|---|"
+    )
     for number in (1, 2, 4, 8):
         sampling = one_server / number
         paper = {0: (sampling + rest, sampling, 0.0)}
         paper[1] = max(sampling, rest), max(sampling - rest, 0.0), max(rest - sampling, 0.0)
         for lead in (0, 1):
             found = measure(args, lead, servers(sampling), **teacher)
-            pairs = zip((found[key] for key in ("step", "learning waited", "samples waited")), paper[lead], strict=True)
+            pairs = zip(
+                (found[key] for key in ("step", "learning waited", "samples waited")), paper[lead], strict=True
+            )
             print(f"| {number} | {lead} | " + " | ".join(f"{a:.2f} | {b:.2f}" for a, b in pairs) + " |", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--completions", type=int, default=16, help="in a generation batch, which is an optimizer step")
+    parser.add_argument(
+        "--completions", type=int, default=16, help="in a generation batch, which is an optimizer step"
+    )
     parser.add_argument("--num_generations", type=int, default=1, help="completions of a prompt")
     parser.add_argument("--length", type=int, default=128, help="tokens of a completion")
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--served_teacher", action="store_true", help="with the teacher behind a server, on the servers' core")
+    parser.add_argument(
+        "--served_teacher", action="store_true", help="with the teacher behind a server, on the servers' core"
+    )
     parser.add_argument("--trl", action="store_true", help="TRL's AsyncDistillationTrainer beside it")
     parser.add_argument("--cluster", action="store_true", help="servers that sleep")
-    parser.add_argument("--ratio", type=float, default=4.0, help="how much longer one of these takes than everything else")
+    parser.add_argument(
+        "--ratio", type=float, default=4.0, help="how much longer one of these takes than everything else"
+    )
     args = parser.parse_args()
     simulate(args) if args.cluster else compare(args)
 

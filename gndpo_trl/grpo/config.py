@@ -121,9 +121,9 @@ class ExtendedGRPOConfig(VLLMConfig):
     sampling_lead: int = field(
         default=0,
         metadata={
-            "help": "Generation batches that are sampled ahead while the student learns, with `vllm_mode=\"server\"` or a "
+            "help": 'Generation batches that are sampled ahead while the student learns, with `vllm_mode="server"` or a '
             "`rollout_func` that has the attribute `samples_ahead = True`. At 1 sampling and learning go on at the same time, "
-            "and a batch is sampled with the weights of one optimizer step ago. More go with `estimator=\"exact\"`."
+            'and a batch is sampled with the weights of one optimizer step ago. More go with `estimator="exact"`.'
         },
     )
 

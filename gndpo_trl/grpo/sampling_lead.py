@@ -27,6 +27,7 @@ from .ranks import raised_on_all_ranks
 # Seconds between two looks at whether the run is to end, while it waits for samples.
 LOOK = 1.0
 
+
 @dataclass
 class Request:
     """
@@ -280,7 +281,10 @@ class SamplingLeadMixin:
         """Find out what comes next, as far as can be known before the weights are."""
         args, look_ahead = self.args, self._look_ahead
         # Micro-batches that this run will still learn from, and those of its step that it has.
-        left = look_ahead.num_given + (self.state.max_steps - self.state.global_step - 1) * args.gradient_accumulation_steps
+        left = (
+            look_ahead.num_given
+            + (self.state.max_steps - self.state.global_step - 1) * args.gradient_accumulation_steps
+        )
         of_step = args.gradient_accumulation_steps - look_ahead.num_given
         first = max(len(self._requests), 1)  # the first request is for the batch in use
         for lead in range(first, self._lead + 1):
@@ -353,12 +357,17 @@ class SamplingLeadMixin:
         """Raise what a request ended with, on all ranks."""
         error = request.error
         is_lost = error is not None and self.rollout_func is None and not isinstance(error, ValueError)
-        if gather(torch.tensor([int(is_lost)], device=self.accelerator.device)).any():
-            (text, *_) = [text for text in gather_object([is_lost and f"{error!r}"[:1000]]) if text]
-            raise RunCannotGoOn(f"{self._who_samples()} has not sampled what it was asked for: {text}.") from error
+        self._end_if_lost(error if is_lost else None)
         with raised_on_all_ranks():
             if error is not None:
                 raise error
+
+    def _end_if_lost(self, error: Exception | None) -> None:
+        """End the run on all ranks if the server is lost to one of them."""
+        if gather(torch.tensor([int(error is not None)], device=self.accelerator.device)).any():
+            texts = gather_object([None if error is None else f"{error!r}"[:1000]])
+            text = next(text for text in texts if text is not None)
+            raise RunCannotGoOn(f"{self._who_samples()} samples no more: {text}.") from error
 
     def _who_samples(self) -> str:
         if self.rollout_func is not None:
@@ -373,6 +382,10 @@ class SamplingLeadMixin:
             yield
             return
         self._wait(self._ahead.is_idle)
+        lost = None
+        if self.use_vllm and self.accelerator.is_main_process:
+            lost = self.vllm_generation.why_away()
+        self._end_if_lost(lost)  # now: while weights are gathered, ranks wait for one another
         yield
         self._ahead.have_weights_of(self.state.global_step)
 
@@ -443,5 +456,3 @@ class SamplingLeadMixin:
             self._ahead.post(request)
         self._next.clear()
         self._awaited = self._requests[0] if self._requests else None
-
-

@@ -147,7 +147,9 @@ class VLLMMixin:
             too much from the training engine.
     """
 
-    _staleness = 0  # optimizer steps between the weights that sampled the generation batch in use and those that learn from it
+    _staleness = (
+        0  # optimizer steps between the weights that sampled the generation batch in use and those that learn from it
+    )
 
     def __init__(self, model, reward_funcs=None, args=None, *more, **options):
         if args is not None and args.use_vllm and find_spec("vllm") is not None:
@@ -233,7 +235,9 @@ class VLLMMixin:
             return  # log-probs of two different distributions
         mask = loss_mask(rollout)
         mean, largest = logp_difference(rollout["sampling_per_token_logps"], logps, mask, gather)
-        if mode == "train" and self._staleness > 0:  # what the student has learned since, beside what the engines differ by
+        if (
+            mode == "train" and self._staleness > 0
+        ):  # what the student has learned since, beside what the engines differ by
             self._metrics[mode]["sampling/policy_change/mean"].append(mean)
             self._metrics[mode]["sampling/policy_change/max"].append(largest)
             return

@@ -259,6 +259,14 @@ class ExactVLLMGeneration(VLLMGeneration):
         finally:
             self._answer = None
 
+    def why_away(self) -> Exception | None:
+        """What is wrong where a server does not answer; asked on the main process."""
+        try:
+            self.vllm_client.session.get(f"{self.vllm_client.base_url}/health").raise_for_status()
+        except requests.RequestException as error:
+            return error
+        return None
+
     def leave_requests(self) -> None:
         """End those that are under way."""
         if self._session is not None:

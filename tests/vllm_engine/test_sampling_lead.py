@@ -1,10 +1,14 @@
 """A real server that samples while the student learns."""
 
+import os
+import signal
+
 import pytest
 import torch
 from helpers import plain_logps
 from peft import LoraConfig
 from trainers import logged
+from transformers import TrainerCallback
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
 from gndpo_trl.grpo.checkpoints import RunCannotGoOn
@@ -17,7 +21,6 @@ class Remembering(GNDPOTrainer):
     """Has the student of the step before score what was sampled, beside the student that learns."""
 
     def _watch_sampling_logps(self, rollout, logps):
-        # DeepSpeed and others aside, the student's weights are those of `model` here, merged or not.
         now = {name: value.clone() for name, value in self.model.state_dict().items()}
         self.model.load_state_dict(self.weights[-1] if self.weights else now)
         of_then = plain_logps(self.model, rollout)
@@ -36,9 +39,7 @@ def make(make_config, checkpoints, text_dataset, image_dataset):
         trainer = Remembering(
             model=checkpoints["qwen25vl-student"],
             teacher_model=checkpoints["qwen25vl-teacher"],
-            args=make_config(
-                GNDPOConfig, use_vllm=True, vllm_mode="server", vllm_server_base_url=url, **options
-            ),
+            args=make_config(GNDPOConfig, use_vllm=True, vllm_mode="server", vllm_server_base_url=url, **options),
             train_dataset=image_dataset if images else text_dataset,
             eval_dataset=eval_dataset,
             peft_config=peft_config,
@@ -81,11 +82,6 @@ def test_evaluation_in_between(make, servers, image_dataset):
 
 
 def test_a_server_that_is_killed_while_it_samples(make, checkpoints, serve):
-    import os
-    import signal
-
-    from transformers import TrainerCallback
-
     process, url = serve(checkpoints["qwen25vl-student"])
     trainer = make(url)
 
@@ -95,5 +91,5 @@ def test_a_server_that_is_killed_while_it_samples(make, checkpoints, serve):
                 os.killpg(process.pid, signal.SIGKILL)
 
     trainer.add_callback(Kill())
-    with pytest.raises(RunCannotGoOn, match=f"server at {url} has not sampled.*ended after step 2, which is saved"):
+    with pytest.raises(RunCannotGoOn, match=f"server at {url} samples no more.*ended after step 2, which is saved"):
         trainer.train()
