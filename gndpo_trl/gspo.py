@@ -49,6 +49,10 @@ class GSPOConfig(ExtendedGRPOConfig):
         fetch_image_urls (`bool`, *optional*, defaults to `False`):
             Whether images that the data give as http(s) URLs are fetched, by every rank in every step that has them, for
             30 seconds and 32 MiB at most. By default they are refused.
+        sampling_lead (`int`, *optional*, defaults to `0`):
+            Generation batches that are sampled ahead while the student learns, with `vllm_mode="server"` or a `rollout_func`
+            that has the attribute `samples_ahead = True`. At 1 sampling and learning go on at the same time, and a batch is
+            sampled with the weights of one optimizer step ago; more would be older.
         importance_sampling_level (`str`, *optional*, defaults to `"sequence"`):
             Level of the importance ratio. `"sequence"` is GSPO, `"token"` is GRPO.
         loss_type (`str`, *optional*, defaults to `"grpo"`):

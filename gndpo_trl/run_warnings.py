@@ -55,6 +55,9 @@ DRIFT = 0.01
 # Share of completions that end in a loop. Trained models get into some; a student that is being ruined does so more and more.
 MANY_LOOPS = 0.1
 
+# Mean change of a sampled token's log-prob, in nats, between the student that sampled and the one that learns.
+FAR_AHEAD = 0.05
+
 # Entries of the log of training, each with its "step".
 History = list[dict[str, float | None]]
 
@@ -323,6 +326,20 @@ def check_drift(history: History, args: GNDPOConfig) -> str | None:
     )
 
 
+def check_lead(history: History, args: GNDPOConfig) -> str | None:
+    """The student has become another one by the time that it learns from what it sampled."""
+    change, behind = latest(history, "sampling/policy_change/mean"), latest(history, "sampling/staleness")
+    if change is None or change <= FAR_AHEAD:
+        return None
+    return (
+        f"Completions are sampled with the weights of {behind:.2g} optimizer step{'' if behind == 1 else 's'} ago, after which "
+        f"the student finds their tokens {change:.2g} nats more or less likely on average, more than {FAR_AHEAD:g}: what it "
+        f"learns from is no longer its own. Lower `learning_rate` ({args.learning_rate:g}) or `sampling_lead` "
+        f"({args.sampling_lead})"
+        + ("." if args.estimator == "exact" else ', or set `estimator="exact"`, which bears more of it.')
+    )
+
+
 CHECKS = (
     check_nothing,
     check_noise,
@@ -333,4 +350,5 @@ CHECKS = (
     check_loops,
     check_teacher_time,
     check_drift,
+    check_lead,
 )

@@ -33,7 +33,7 @@ SLOW = {
     *("test_recipes", "test_report", "test_rewards_beside_teacher", "test_routed_teachers", "test_run_warnings"),
     *("test_self_distillation", "test_self_teacher", "test_server_teacher", "test_shared_prompts", "test_sharing"),
     *("test_step_progress", "test_teacher_prompt_fn", "test_token_page", "test_token_view", "test_train_script"),
-    *("test_one_pass", "test_scoring", "test_teachers", "test_top_k", "test_trainer"),
+    *("test_one_pass", "test_sampling_lead", "test_scoring", "test_teachers", "test_top_k", "test_trainer"),
 }
 
 

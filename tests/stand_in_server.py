@@ -138,7 +138,7 @@ class Handler(BaseHTTPRequestHandler):
         self.reply(None)
 
     def do_POST(self):
-        self.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.reply(json.loads(self.rfile.read(int(self.headers["Content-Length"])) or "null"))
 
     def reply(self, body):
         self.server.requests.append((self.path, body))

@@ -9,6 +9,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from .config_checks import (
     as_if_typed,
     choice_problems,
+    lead_problems,
     make_plain,
     number_problems,
     raise_problems,
@@ -57,6 +58,10 @@ class ExtendedGRPOConfig(VLLMConfig):
         fetch_image_urls (`bool`, *optional*, defaults to `False`):
             Whether images that the data give as http(s) URLs are fetched, by every rank in every step that has them, for
             30 seconds and 32 MiB at most. By default they are refused.
+        sampling_lead (`int`, *optional*, defaults to `0`):
+            Generation batches that are sampled ahead while the student learns, with `vllm_mode="server"` or a `rollout_func`
+            that has the attribute `samples_ahead = True`. At 1 sampling and learning go on at the same time, and a batch is
+            sampled with the weights of one optimizer step ago. More go with `estimator="exact"`.
     """
 
     # Types that values may have beside those of their fields.
@@ -124,6 +129,14 @@ class ExtendedGRPOConfig(VLLMConfig):
             "them, for 30 seconds and 32 MiB at most. By default they are refused."
         },
     )
+    sampling_lead: int = field(
+        default=0,
+        metadata={
+            "help": 'Generation batches that are sampled ahead while the student learns, with `vllm_mode="server"` or a '
+            "`rollout_func` that has the attribute `samples_ahead = True`. At 1 sampling and learning go on at the same time, "
+            'and a batch is sampled with the weights of one optimizer step ago. More go with `estimator="exact"`.'
+        },
+    )
 
     def __post_init__(self):
         make_plain(self)
@@ -166,3 +179,4 @@ class ExtendedGRPOConfig(VLLMConfig):
         """What is wrong once TRL has read the arguments that are given as JSON, and worked out a generation batch."""
         yield from credential_problems(self)
         yield from several_problems(self)
+        yield from lead_problems(self)

@@ -23,6 +23,10 @@ from trl import GRPOConfig
 from .trl_hooks import ROW_MEAN_LOSSES, TOKEN_SUM_LOSSES
 
 
+# Optimizer steps after the weights that sampled it in which a sampled log-ratio is learned from. On the digits demo at a
+# learning rate of 2e-4, 86 % of the answers are right at 0, 84 at 1 and 6 at 4; of `estimator="exact"` 93, 93 and 93.
+MOST_STEPS_BEHIND = 1
+
 LOSSES = (*ROW_MEAN_LOSSES, *TOKEN_SUM_LOSSES, "bnpo")
 
 # Fields that say how much there is of something; `None` where they allow it says that it follows from others.
@@ -44,6 +48,7 @@ INTERVALS = {
         *("learning_rate", "weight_decay", "max_grad_norm", "adam_epsilon", "warmup_steps", "eval_delay", "beta"),
         *("epsilon", "epsilon_high", "entropy_target", "entropy_coef_delta", "router_aux_loss_coef"),
         *("dataloader_num_workers", "neftune_noise_alpha", "num_completions_to_print", "max_tool_calling_iterations"),
+        "sampling_lead",
     ),
     "[0, inf]": (
         "vllm_importance_sampling_clip_min",
@@ -273,3 +278,37 @@ def is_between(value: Real, interval: str) -> bool:
     low, high = map(float, interval[1:-1].split(", "))
     above = low < value if interval.startswith("(") else low <= value
     return above and (value < high if interval.endswith(")") else value <= high)
+
+
+def steps_behind(args: GRPOConfig) -> int:
+    """Most optimizer steps between the weights that sample a generation batch and those that first learn from it."""
+    return -(-args.sampling_lead * args.steps_per_generation // args.gradient_accumulation_steps)
+
+
+def lead_problems(args: GRPOConfig) -> Iterator[str]:
+    """What does not go with sampling ahead; once TRL has worked out how large a generation batch is."""
+    lead = args.sampling_lead
+    if lead == 0:
+        return
+    if args.use_vllm and args.vllm_mode == "colocate":
+        yield (
+            f'`sampling_lead` is {lead}, but `vllm_mode` is "colocate", whose engine samples in this process, which learns '
+            'meanwhile. Set `vllm_mode="server"`, or `sampling_lead` to 0.'
+        )
+    if args.num_iterations > 1:
+        yield (
+            f"`sampling_lead` is {lead} and `num_iterations` {args.num_iterations}: nobody has tried how old a batch may be that "
+            "is learned from more than once. Set one of them to its default."
+        )
+    if getattr(args, "use_sampling_logps", False):
+        yield (
+            f"`sampling_lead` is {lead} and `use_sampling_logps` True, but the sampler's log-probs are those of older weights than "
+            "the student has when it learns. Set `use_sampling_logps` to False, or `sampling_lead` to 0."
+        )
+    behind = steps_behind(args)
+    if getattr(args, "estimator", None) != "exact" and behind > MOST_STEPS_BEHIND:
+        yield (
+            f"`sampling_lead` is {lead}, so that batches are sampled with the weights of up to {behind} optimizer steps ago. The "
+            "gradient of sampled tokens bears 1: on the digits demo, at a learning rate of 2e-4, it ends at 86 % right answers "
+            'with 0, at 84 with 1, and at 6 with 4. Lower `sampling_lead`, or set `estimator="exact"`, which loses nothing there.'
+        )

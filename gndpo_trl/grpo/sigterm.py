@@ -37,6 +37,10 @@ class AgreedJITCheckpointCallback(JITCheckpointCallback):
         if signal.getsignal(signal.SIGTERM) != self.jit_manager._sigterm_handler:
             self.jit_manager.setup_signal_handler()
 
+    def is_asked(self) -> bool:
+        """Whether this process has been told to end with a checkpoint."""
+        return self._has_ctrl_c or self.jit_manager.is_checkpoint_requested
+
     @contextmanager
     def minding_ctrl_c(self) -> Iterator[None]:
         """Have the first Ctrl-C in here end the run with a checkpoint, and the second one end it at once."""

@@ -51,6 +51,7 @@ class StepLine:
         self._last: dict[str, float] = {}
         self._rates: dict[str, float] = {}  # tokens per second of each phase when it was last over
         self._paused_at: float | None = None
+        self.beside: Callable[[], str] = str  # what goes on beside the phase, in words
 
     @property
     def phase(self) -> str | None:
@@ -109,6 +110,8 @@ class StepLine:
         left = self._seconds_left(phase, seconds)
         if left is not None:
             parts.append(f"{tqdm.format_interval(left)} left in this step")
+        if beside := self.beside():
+            parts.append(beside)
         return ", ".join(parts)
 
     def _seconds_left(self, phase: Phase, seconds: float) -> float | None:

@@ -24,6 +24,7 @@ from .real_tokens import RealTokensMixin
 from .routers import check_routers
 from .row_checks import RowsSeen, check_length, open_rows, positions_of
 from .sampling import SamplingMixin
+from .sampling_lead import SamplingLeadMixin
 from .saved_names import SavedNamesMixin
 from .step_progress import StepProgressMixin
 from .trained_weights import check_adapter, check_trains
@@ -36,6 +37,7 @@ class ExtendedGRPOTrainer(
     MixedRowsMixin,
     StepProgressMixin,
     RealTokensMixin,
+    SamplingLeadMixin,
     VLLMMixin,
     FiniteStepsMixin,
     CompletionTablesMixin,
@@ -47,8 +49,9 @@ class ExtendedGRPOTrainer(
 ):
     """
     What [`GNDPOTrainer`] and [`GSPOTrainer`] stand on: [`~trl.GRPOTrainer`] that looks at its data before it loads a
-    model, pays for real tokens, counts completions that end in a loop, samples with vLLM from the prompts that it scores, goes on exactly from its checkpoints,
-    keeps NaN out of its weights, validates at a temperature of its own, says what it is doing in steps that take long, and
+    model, pays for real tokens, counts completions that end in a loop, samples with vLLM from the prompts that it scores, ahead
+    of the batch in use where it is asked to, goes on exactly from its checkpoints, keeps NaN out of its weights, validates at a
+    temperature of its own, names ranks that are gone, says what it is doing in steps that take long, and
     logs completions with images to wandb.
     """
 

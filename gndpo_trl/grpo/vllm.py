@@ -136,6 +136,9 @@ class VLLMMixin:
       are known, and a first batch, or a first one of new weights, whose mean exceeds `args.sampling_logp_threshold` stops the run. A trainer that
       scores the completions itself calls `_watch_sampling_logps` when it has.
 
+      Of batches that were sampled with older weights, `sampling/policy_change/mean` and `/max` are logged in their place, and
+      stop nothing.
+
     The arguments are those of [`~trl.GRPOTrainer`], with a [`VLLMConfig`].
 
     Raises:
@@ -143,6 +146,10 @@ class VLLMMixin:
             images or shorter prompts than the data have; during a run, if vLLM sampled from another prompt, or differs
             too much from the training engine.
     """
+
+    _staleness = (
+        0  # optimizer steps between the weights that sampled the generation batch in use and those that learn from it
+    )
 
     def __init__(self, model, reward_funcs=None, args=None, *more, **options):
         if args is not None and args.use_vllm and find_spec("vllm") is not None:
@@ -228,6 +235,12 @@ class VLLMMixin:
             return  # log-probs of two different distributions
         mask = loss_mask(rollout)
         mean, largest = logp_difference(rollout["sampling_per_token_logps"], logps, mask, gather)
+        if (
+            mode == "train" and self._staleness > 0
+        ):  # what the student has learned since, beside what the engines differ by
+            self._metrics[mode]["sampling/policy_change/mean"].append(mean)
+            self._metrics[mode]["sampling/policy_change/max"].append(largest)
+            return
         self._metrics[mode]["sampling/logp_difference/mean"].append(mean)
         self._metrics[mode]["sampling/logp_difference/max"].append(largest)
         if mode == "eval" or self._sampler_is_known:

@@ -6,18 +6,25 @@ model samples from a prompt that nobody scores. Here it looks them up instead, b
 have expanded them, whatever the family of the model.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import copy
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cached_property
 from types import MethodType
+from typing import Any
+from weakref import WeakSet
 
 import pyarrow.compute as pc
+import requests
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from packaging.version import Version
 from PIL import Image
+from requests.adapters import HTTPAdapter
 from trl.generation.vllm_client import VLLMClient, to_openai_messages
 from trl.generation.vllm_generation import VLLMGeneration
+from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
 from .ranks import raised_on_all_ranks
 from .vllm_adapter import AdapterSync
@@ -96,9 +103,93 @@ class ExactVLLMClient(VLLMClient):
         return placeholder["length"] - length
 
 
+class Left(Exception):
+    """Whoever made a request does not wait for it any more."""
+
+
+class RequestSession(requests.Session):
+    """
+    A session whose requests end when it is left, wherever they are; Python waits for the threads that TRL makes them in.
+
+    Args:
+        like (`requests.Session`): Whose headers and tries it has.
+        url (`str`): What it asks.
+    """
+
+    def __init__(self, like: requests.Session, url: str):
+        super().__init__()
+        self.headers = like.headers
+        self.is_left, self.opened = False, WeakSet()
+        self.mount(url, _RequestAdapter(self, like.get_adapter(url)))
+
+    def leave(self) -> None:
+        self.is_left = True
+        for connection in list(self.opened):
+            if connection.sock is not None:
+                with suppress(OSError):  # it is closed already
+                    connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+class _RequestAdapter(HTTPAdapter):
+    """Tells a session of its connections, and opens none for one that is left."""
+
+    def __init__(self, session: RequestSession, like: HTTPAdapter):
+        self._session_of = session
+        super().__init__(max_retries=like.max_retries, pool_maxsize=like._pool_maxsize)
+
+    def init_poolmanager(self, *args, **kwargs):
+        super().init_poolmanager(*args, **kwargs)
+        session = self._session_of
+        pools = {}
+        for scheme, pool_class in {"http": HTTPConnectionPool, "https": HTTPSConnectionPool}.items():
+
+            class Connection(pool_class.ConnectionCls):
+                def connect(self):
+                    if session.is_left:
+                        raise Left
+                    super().connect()
+                    session.opened.add(self)
+
+            pools[scheme] = type(pool_class.__name__, (pool_class,), {"ConnectionCls": Connection})
+        self.poolmanager.pool_classes_by_scheme = pools
+
+
+class NotedRequest:
+    """In the place of TRL's client: notes what it is asked for, and answers with nothing."""
+
+    def __init__(self):
+        self.images: list | None = None
+
+    def image_features(self, images: list) -> list[None]:
+        self.images = images
+        return [None] * len(images)
+
+    def generate(self, prompts: list[list[int]], features: list | None = None, **options: Any) -> dict[str, Any]:
+        self.prompts, self.options = prompts, options
+        return {"prompt_ids": [], "completion_ids": [], "logprobs": None}
+
+
+class NotedAnswer:
+    """In the place of TRL's client: has the answer to one request, and to no other."""
+
+    def __init__(self, noted: NotedRequest, answer: dict[str, Any]):
+        self.noted, self.answer = noted, answer
+
+    def generate(self, prompts: list[list[int]], features: list | None = None, **options: Any) -> dict[str, Any]:
+        noted = self.noted
+        changed = [name for name, value in options.items() if noted.options.get(name) != value]
+        if prompts != noted.prompts or changed:
+            what = ", ".join(f"`{name}` was {noted.options[name]!r}" for name in changed) or "there were other prompts"
+            raise ValueError(
+                f"A batch was sampled ahead for something else than what is asked for now: {what}. Change nothing of the sampling "
+                "while the student learns, or set `sampling_lead` to 0."
+            )
+        return self.answer
+
+
 class ExactVLLMGeneration(VLLMGeneration):
     """
-    TRL's sampler, which samples from the prompts that it is given and from no others.
+    TRL's sampler, which samples from the prompts that it is given and from no others. A server's can be asked ahead.
 
     Raises:
         `ValueError`: before sampling, if a prompt leaves no room for a completion, or if a server sees another number
@@ -107,6 +198,9 @@ class ExactVLLMGeneration(VLLMGeneration):
 
     settings: dict
     adapter: AdapterSync | None = None  # where a server gets it in the place of all weights
+    between_requests: Callable[[], Any] = staticmethod(nullcontext)  # lasts while weights are sent
+    _answer: tuple | None = None  # to what is asked next; empty where another rank has it
+    _session: RequestSession | None = None  # of the requests that were made ahead
 
     @cached_property
     def extra_image_tokens(self) -> int:
@@ -114,21 +208,94 @@ class ExactVLLMGeneration(VLLMGeneration):
         return self.vllm_client.try_an_image(self.processing_class.image_token_id)
 
     def sync_weights(self):
-        if self.adapter is None:
-            super().sync_weights()
-        else:
-            with raised_on_all_ranks():
-                self.adapter.send(getattr(self, "vllm_client", None), self._dist.gather_params)
-        # vLLM keeps what the vision tower made of images that it has seen, and TRL has it forget only the text.
-        if self.mode == "colocate":
-            self.llm.llm_engine.reset_encoder_cache()
-        elif self.accelerator.is_main_process:
-            self.vllm_client.reset_encoder_cache()
+        with self.between_requests():
+            if self.adapter is None:
+                super().sync_weights()
+            else:
+                with raised_on_all_ranks():
+                    self.adapter.send(getattr(self, "vllm_client", None), self._dist.gather_params)
+            # vLLM keeps what the vision tower made of images that it has seen, and TRL has it forget only the text.
+            if self.mode == "colocate":
+                self.llm.llm_engine.reset_encoder_cache()
+            elif self.accelerator.is_main_process:
+                self.vllm_client.reset_encoder_cache()
 
-    def generate(self, prompts, images, num_generations, profiler=None):
+    def request(self, prompts: list[list[int]], images: list | None, num_generations: int) -> Callable[[], Any]:
+        """
+        What `generate` would ask a server for; the arguments are those of `generate`, on all ranks together.
+
+        Returns:
+            `Callable`: asks the server, in any thread, and returns what `answered` takes. It does nothing on other ranks than
+                the one that asks.
+        """
+        self._check_lengths(prompts)
+        noted = NotedRequest()
+        with self._client_is(noted):
+            super().generate(prompts, images, num_generations)
+        if not self.accelerator.is_main_process:
+            return lambda: None
+        if self._session is None:
+            self._session = RequestSession(self.vllm_client.session, self.vllm_client.base_url)
+        client = copy.copy(self.vllm_client)
+        client.session = self._session
+
+        def ask() -> tuple[NotedRequest, dict[str, Any]]:
+            features = None
+            if noted.images is not None:
+                pairs = zip(client.image_features(noted.images), noted.prompts, strict=True)
+                features = [self._place_features(*pair) for pair in pairs]
+            answer = client.generate(noted.prompts, features=features, **noted.options)
+            noted.images = None
+            return noted, answer
+
+        return ask
+
+    @contextmanager
+    def answered(self, answer: Any) -> Iterator[None]:
+        """Have `generate` return what a request made ahead has got; on all ranks."""
+        self._answer = answer or ()
+        try:
+            yield
+        finally:
+            self._answer = None
+
+    def why_away(self) -> Exception | None:
+        """What is wrong where a server does not answer; asked on the main process."""
+        try:
+            self.vllm_client.session.get(f"{self.vllm_client.base_url}/health").raise_for_status()
+        except requests.RequestException as error:
+            return error
+        return None
+
+    def leave_requests(self) -> None:
+        """End those that are under way."""
+        if self._session is not None:
+            self._session.leave()
+            self._session = None
+
+    @contextmanager
+    def _client_is(self, client: Any) -> Iterator[None]:
+        own = getattr(self, "vllm_client", None)
+        self.vllm_client = client
+        try:
+            yield
+        finally:
+            self.vllm_client = own
+
+    def _check_lengths(self, prompts: list[list[int]]) -> None:
         for row, prompt in enumerate(prompts):
             check_prompt_length(f"The prompt of row {row} of a batch", len(prompt), self.settings["max_model_len"])
-        with expanded_prompts(self.llm) if self.mode == "colocate" else nullcontext():
+
+    def generate(self, prompts, images, num_generations, profiler=None):
+        self._check_lengths(prompts)
+        client = nullcontext()
+        if self.mode == "colocate":
+            client = expanded_prompts(self.llm)
+        elif self._answer:
+            client = self._client_is(NotedAnswer(*self._answer))
+        if self._answer is not None:
+            images = None  # they went with the request
+        with client:
             prompt_ids, *completions = super().generate(prompts, images, num_generations, profiler)
         check_prompt_ids(prompts, prompt_ids)
         return prompt_ids, *completions

@@ -2,7 +2,7 @@
 
 Usage: `accelerate launch ... worker.py FOLDER PID`, where PID is the process that writes `job{N}.json` into the folder;
 without it, nobody waits for the jobs. A job holds `task`, `report` (a folder of its own, for `rank{N}.json`), what the task
-needs (see `run_training.py`, `run_losses.py` and `run_served.py`) and optionally `last`, after which the processes leave.
+needs (see `run_training.py`, `run_losses.py`, `run_sampled.py` and `run_served.py`) and optionally `last`, after which the processes leave.
 """
 
 import gc
@@ -14,11 +14,12 @@ from pathlib import Path
 
 import torch
 from run_losses import compare_losses
+from run_sampled import train_sampled
 from run_served import train_served
 from run_training import train
 
 
-TASKS = {"train": train, "losses": compare_losses, "served": train_served}
+TASKS = {"train": train, "losses": compare_losses, "sampled": train_sampled, "served": train_served}
 
 
 def leave() -> None:
