@@ -164,13 +164,13 @@ def prepare_questions(
         [`~datasets.Dataset`]: rows with
 
         - `prompt`: one user message; its content is a list of parts, or a string in a set without images;
-        - `images`: RGB images, in the order of their parts; no such column in a set without images;
+        - `images`: RGB images, in the order of their parts, which may be none; no such column in a set without images;
         - `solution`: the answer as text;
         - `prompt_length`: number of tokens of the prompt, only with a `processor`.
 
     Raises:
-        ValueError: a column is missing, or a row has an empty answer, no image in a set with images, an image that
-            does not open, or other images than its problem has markers for. Names the split, the row and the remedy.
+        ValueError: a column is missing, or a row has an empty answer, an image that does not open, or other images than its
+            problem has markers for. Names the split, the row and the remedy.
     """
     names = {"problem": "problem", "images": "images", "answer": "answer", **(columns or {})}
     if len(names) > 3:
@@ -205,12 +205,6 @@ def prepare_questions(
             raise ValueError(
                 f"{where}: an image does not open ({type(error).__name__}: {error}). Replace it or remove the row."
             ) from error
-        if has_images and not images:
-            # A batch of text alone would leave out the vision tower, on some ranks and not on others.
-            raise ValueError(
-                f"{where}: no image in a set with images, with which it cannot be trained. Remove such rows, or put "
-                "them into a set of their own, with `images=` in `columns`."
-            )
         text = f"{problem}\n{instruction}" if instruction else problem
         try:
             parts = content_parts(text, len(images))

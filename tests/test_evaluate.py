@@ -162,6 +162,24 @@ def test_images_reach_the_model(random_models, image_data, tmp_path):
     assert [line["completion"] for line in before] != [line["completion"] for line in after]
 
 
+def test_rows_without_images_are_answered_as_apart(random_models, image_data, tmp_path):
+    rows = DatasetDict.load_from_disk(image_data)["test"].to_list()
+    for row in rows:
+        row["prompt"][0]["content"] = row["prompt"][0]["content"][0]["text"]  # before which its images come
+        row["images"] = [tiny_models.draw_image(len(row["images"]))]
+    for index in (0, 1, 3):
+        rows[index]["images"] = []
+    parts = {"mixed": rows, "text": [{**row, "images": None} for row in rows if not row["images"]]}
+    for name, part in parts.items():
+        dataset = Dataset.from_list(part)
+        DatasetDict(test=dataset if name == "mixed" else dataset.remove_columns("images")).save_to_disk(
+            tmp_path / name
+        )
+        run([random_models["internvl"]], str(tmp_path / name), tmp_path / f"{name}-results", "--batch_size", "3")
+    mixed, text = (read_lines(tmp_path / f"{name}-results" / "internvl.jsonl") for name in parts)
+    assert [mixed[index]["completion"] for index in (0, 1, 3)] == [line["completion"] for line in text]
+
+
 def test_adapters_are_merged_into_their_base_model(checkpoints, text_data, tmp_path):
     base = checkpoints["qwen3-student"]
     torch.manual_seed(0)

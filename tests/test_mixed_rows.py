@@ -2,6 +2,7 @@
 
 import math
 
+import digits_models
 import pytest
 import tiny_models
 import torch
@@ -131,6 +132,51 @@ def test_a_run_samples_learns_and_evaluates(make_trainer, family, in_messages, t
     logged = [row for path in paths for row in Dataset.from_parquet(str(path))]
     counts = {row["prompt"].split(" ?")[0].split()[-1]: len(row["images"]) for row in logged}
     assert len(counts) > 3 and all(count == NUM_PICTURES[WORDS.index(word)] for word, count in counts.items())
+
+
+def test_a_family_whose_pictures_lie_one_after_the_other(make_trainer, tmp_path):
+    """LLaVA: gradients as those of the two kinds apart, which the student samples."""
+    processor = digits_models.build_processor()
+    paths = [tmp_path / "student", tmp_path / "teacher"]
+    for seed, path in enumerate(paths):
+        digits_models.save(digits_models.build_model(processor, 32, seed), processor, path)
+
+    def run(rows, **options):
+        data = {"train_dataset": Dataset.from_list(rows)}
+        options = {
+            "num_generations": 1,
+            "generation_kwargs": None,
+            "shuffle_dataset": False,
+            "max_steps": 1,
+            **options,
+        }
+        options |= {"optim": "sgd", "max_grad_norm": 0.0, "weight_decay": 0.0, "advantage_normalization": "none"}
+        return make_trainer("internvl", str(paths[0]), str(paths[1]), trainer_options=data, **options)
+
+    rows = make_rows([min(count, 1) for count in NUM_PICTURES])
+    completions, expected = {}, {}
+
+    def remembered(trainer):
+        sample = trainer._generate_single_turn
+
+        def sample_or_repeat(prompt_ids, *args, **kwargs):
+            found, logprobs = sample(prompt_ids, *args, **kwargs)
+            return [
+                completions.setdefault(tuple(ids), row) for ids, row in zip(prompt_ids, found, strict=True)
+            ], logprobs
+
+        trainer._generate_single_turn = sample_or_repeat
+        return trainer
+
+    found = gradients(remembered(run(rows, per_device_train_batch_size=2, gradient_accumulation_steps=4)))
+    for kind in (
+        [row for row in rows if row["images"]],
+        [{"prompt": row["prompt"]} for row in rows if not row["images"]],
+    ):
+        for name, gradient in gradients(remembered(run(kind, per_device_train_batch_size=4))).items():
+            expected[name] = expected.get(name, 0) + gradient / 2
+    assert len(completions) == 2  # to whose tokens the questions are alike
+    assert_same_gradients(found, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

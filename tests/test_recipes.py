@@ -64,22 +64,26 @@ ARM_KEYS = {
 
 
 @pytest.fixture(scope="module")
-def datasets(tmp_path_factory) -> dict[bool, str]:
-    """Folders with train.parquet and test.parquet, without and with images."""
+def datasets(tmp_path_factory) -> dict[str, str]:
+    """Folders with train.parquet and test.parquet, without images, with some, and with one in every other row."""
     folders = {}
-    for has_images in (False, True):
-        folder = tmp_path_factory.mktemp("images" if has_images else "text")
+    for kind in ("text", "images", "mixed"):
+        folder = tmp_path_factory.mktemp(kind)
         rows = [
             {
                 "prompt": [{"role": "user", "content": f"what is {a} plus two ?"}],
                 "solution": str(index),
-                **({"images": [tiny_models.draw_image(index)]} if has_images else {}),
+                **(
+                    {}
+                    if kind == "text"
+                    else {"images": [tiny_models.draw_image(index)][: 1 - (kind == "mixed") * (index % 2)]}
+                ),
             }
             for index, a in enumerate(["one", "two", "three", "four"])
         ]
         for split in ("train", "test"):
             Dataset.from_list(rows).to_parquet(folder / f"{split}.parquet")
-        folders[has_images] = str(folder)
+        folders[kind] = str(folder)
     return folders
 
 
@@ -148,7 +152,7 @@ def test_two_steps_on_tiny_models(checkpoints, datasets, tmp_path, monkeypatch, 
     family = FAMILIES[Path(recipe).parts[0]]
     options = {
         "model_name_or_path": checkpoints[f"{family}-student"],
-        "dataset_name": datasets[family != "qwen3"],
+        "dataset_name": datasets["text" if family == "qwen3" else "mixed" if "mixed" in recipe else "images"],
         "output_dir": tmp_path,
         "use_cpu": True,
         "bf16": False,

@@ -230,6 +230,24 @@ def test_a_run_on_pictures_in_messages_is_that_with_the_same_teacher_here(make_t
         trainer.teacher.per_token_logps({**rollout, "rows": [{"prompt": "text"}] * 8})
 
 
+def test_rows_with_and_without_pictures(make_trainer, serve, checkpoints, image_dataset):
+    server = serve(checkpoints["qwen25vl-teacher"], max_model_len=4096)
+    rows = [{**row, "images": row["images"] if index in (1, 2) else []} for index, row in enumerate(image_dataset)]
+    data = {"trainer_options": {"train_dataset": Dataset.from_list(rows, features=image_dataset.features)}}
+    options = {"shuffle_dataset": False, "max_steps": 3, **data}
+    trainer = make_trainer("qwen25vl", teacher_server_url=[server.url], teacher_server_timeout=20.0, **options)
+    local = make_trainer("qwen25vl", **options)
+    server.requests.clear()
+    rollout = make_rollout(trainer)
+    assert {path for path, _ in server.requests} == {"/inference/v1/generate", "/v1/completions"}
+    rollout["rows"] = rows_of(trainer)
+    mask = valid_tokens(rollout)
+    found, expected = (one.teacher.per_token_logps(rollout) for one in (trainer, local))
+    torch.testing.assert_close(found[mask], expected[mask], rtol=0, atol=1e-4)
+    trainer.train()
+    assert logged(trainer, "teacher/unknown_tokens") == [0, 0, 0]
+
+
 def test_pictures_are_tried_in_the_template_of_the_student(serve, checkpoints, recwarn):
     server = serve(checkpoints["qwen25vl-teacher"], max_model_len=4096)
     student = describe("model", checkpoints["qwen25vl-student"])

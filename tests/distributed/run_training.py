@@ -120,6 +120,13 @@ class CountBytes(TrainerCallback):
         self.sent.append(int(line.split()[9]))
 
 
+class Sleeper(Teacher):
+    """One that has lost its weights: all tokens are equally likely to it."""
+
+    def per_token_logps(self, rollout):
+        return torch.full(rollout["completion_ids"].shape, -3.5)
+
+
 class BreakGradient(TrainerCallback):
     """Puts NaN into what this rank has of a gradient in the second step."""
 
@@ -189,6 +196,8 @@ def train(spec: dict) -> dict:
             if spec.get("routed")
             else FailingTeacher()
             if spec.get("fail") == "route"
+            else Sleeper()
+            if spec.get("fail") == "sleep"
             else spec["teacher"]
         ),
         callbacks=[BreakGradient()] if broken == "gradient" else None,

@@ -45,6 +45,7 @@ def test_sigterm_saves_a_checkpoint_on_all_ranks_and_ends(launch, accelerate_con
     [
         ("teacher", "qwen3", "The teacher gave non-finite log-probs"),
         ("image", "internvl", "cannot identify image file"),
+        ("sleep", "qwen3", "tokens the same log-prob, -3.5 nats"),
     ],
 )
 def test_a_rank_that_fails_brings_the_job_down_with_its_message(launch, accelerate_config, fail, family, message):

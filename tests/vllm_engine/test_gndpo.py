@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import LoraConfig
 from trainers import agrees, logged, some_reward
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
@@ -17,12 +18,20 @@ from gndpo_trl.gspo import GSPOConfig, GSPOTrainer
 
 @pytest.fixture
 def make(make_config, checkpoints, text_dataset, image_dataset):
-    def make(family: str = "qwen3", model=None, teacher_model=None, peft_config=None, eval_dataset=None, **options):
+    def make(
+        family: str = "qwen3",
+        model=None,
+        teacher_model=None,
+        peft_config=None,
+        eval_dataset=None,
+        train_dataset=None,
+        **options,
+    ):
         return GNDPOTrainer(
             model=model or checkpoints[f"{family}-student"],
             teacher_model=teacher_model or checkpoints[f"{family}-teacher"],
-            args=make_config(GNDPOConfig, use_vllm=True, vllm_mode="colocate", **options),
-            train_dataset=text_dataset if family == "qwen3" else image_dataset,
+            args=make_config(GNDPOConfig, **{"use_vllm": True, "vllm_mode": "colocate", **options}),
+            train_dataset=train_dataset or (text_dataset if family == "qwen3" else image_dataset),
             eval_dataset=eval_dataset,
             peft_config=peft_config,
         )
@@ -86,6 +95,24 @@ def test_sampling_stops_where_the_teacher_ends_its_turn(make, checkpoints, text_
     ends = {2, 20, 21, 22, 23}
     assert {row[-1] for row in rows} & {20, 21, 22} and not any(ends & set(row[:-1]) for row in rows)
     assert trainer.eos_token_ids == [2, 20, 21, 22]
+
+
+@pytest.fixture
+def mixed(image_dataset):
+    """Questions of which some have images, and whole batches none."""
+    rows = image_dataset.to_list()
+    for index in (0, 2, 3, 4, 6, 7, 9, 11, 12):
+        rows[index]["images"] = []
+    return Dataset.from_list(rows, features=image_dataset.features)
+
+
+@pytest.mark.parametrize("mode", ["colocate", "server"])
+@pytest.mark.parametrize("family", ["qwen25vl", "internvl"])
+def test_rows_with_and_without_images(make, mixed, servers, weights_by_file, family, mode):
+    options = {"vllm_server_base_url": servers[family], "vllm_server_timeout": 420.0} if mode == "server" else {}
+    trainer = make(family, train_dataset=mixed, vllm_mode=mode, max_steps=6, shuffle_dataset=False, **options)
+    trainer.train()
+    assert agrees(trainer, steps=6)
 
 
 @pytest.mark.parametrize("logit, is_likely", [(-10.0, False), (2.0, True)])

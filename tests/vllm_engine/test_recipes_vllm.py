@@ -8,6 +8,7 @@ import pytest
 import torch
 import train_gndpo as script
 import yaml
+from datasets import Dataset
 
 
 ROOT = Path(__file__).parents[2]
@@ -18,9 +19,12 @@ RECIPES = [recipe for recipe in RECIPES if Path(recipe).parts[0] in FAMILIES]
 
 @pytest.fixture(scope="module")
 def datasets(tmp_path_factory, text_dataset, image_dataset) -> dict[str, str]:
-    """Folders with train.parquet and test.parquet for each family."""
+    """Folders with train.parquet and test.parquet for each family, and with images in some rows."""
     folders = {}
-    for family, dataset in [("qwen3", text_dataset), ("internvl", image_dataset), ("qwen25vl", image_dataset)]:
+    some = [{**row, "images": row["images"][: index % 2]} for index, row in enumerate(image_dataset)]
+    mixed = Dataset.from_list(some, features=image_dataset.features)
+    kinds = {"qwen3": text_dataset, "internvl": image_dataset, "qwen25vl": image_dataset, "mixed": mixed}
+    for family, dataset in kinds.items():
         folder = tmp_path_factory.mktemp(family)
         rows = dataset.select(range(4)).add_column("solution", ["1", "2", "3", "4"])
         for split in ("train", "test"):
@@ -38,7 +42,7 @@ def test_two_steps(checkpoints, datasets, tmp_path, monkeypatch, recipe):
     family = FAMILIES[Path(recipe).parts[0]]
     options = {
         "model_name_or_path": checkpoints[f"{family}-student"],
-        "dataset_name": datasets[family],
+        "dataset_name": datasets["mixed" if "mixed" in recipe else family],
         "output_dir": tmp_path,
         "use_cpu": True,
         "bf16": False,
