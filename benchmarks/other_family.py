@@ -24,12 +24,14 @@ import digits_models
 import torch
 from datasets import load_from_disk
 from digits_models import greedy_accuracy
-from transformers import LlavaProcessor
+from tokenizers import decoders, models, pre_tokenizers
+from transformers import LlavaProcessor, PrinterCallback
 from trl.experimental.gold import GOLDConfig, GOLDTrainer
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
 from gndpo_trl.estimators import Sampled
 from gndpo_trl.objective.scores import clamp_scores
+from gndpo_trl.teachers import LocalTeacher, OtherFamily
 
 from .arms.models import load_model, load_processor
 from .arms.trainers import SHARED_OPTIONS
@@ -66,9 +68,20 @@ ARMS = {
 
 
 def processor_of(tokenizer: str) -> LlavaProcessor:
-    if tokenizer == "words":
-        return digits_models.build_processor()
-    return digits_models.build_processor(digits_models.SPECIAL_TOKENS + CHARACTERS, r"\s|.")
+    """The demo's processor with either vocabulary, in the form of byte-level ones, which `GOLDTrainer` takes alone."""
+    vocabulary, pattern = digits_models.VOCABULARY, digits_models.PATTERN
+    if tokenizer == "characters":
+        vocabulary, pattern = digits_models.SPECIAL_TOKENS + CHARACTERS, r"\s|."
+    processor = digits_models.build_processor(vocabulary, pattern)
+    backend = processor.tokenizer.backend_tokenizer
+    bytes_of = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    written = {
+        "".join(part for part, _ in bytes_of.pre_tokenize_str(token)): id for id, token in enumerate(vocabulary)
+    }
+    backend.model = models.WordLevel(written, unk_token="<unk>")
+    backend.pre_tokenizer = pre_tokenizers.Sequence([backend.pre_tokenizer, bytes_of])
+    backend.decoder = decoders.ByteLevel()
+    return processor
 
 
 def build(role: str, tokenizer: str, seed: int, folder: Path) -> Path:
@@ -113,21 +126,21 @@ def run(arm: str, seed: int, steps: int, learning_rate: float, folder: Path) -> 
             )
             trainer = GOLDTrainer(args=args, teacher_model=teacher, **sources)
         else:
+            local = LocalTeacher(teacher, processors[1])
             trainer = GNDPOTrainer(
-                args=GNDPOConfig(
-                    **options, per_device_train_batch_size=64, teacher_alignment="ids" if how == "ids" else "text"
-                ),
-                teacher_model=teacher,
-                teacher_processing_class=processors[1],
+                args=GNDPOConfig(**options, per_device_train_batch_size=64),
+                # A student over characters makes words that a teacher over words has no token for.
+                teacher_model=local if how == "ids" else OtherFamily(local, max_unknown=1.0),
                 estimator=EvenShares() if how == "shares" else None,
                 **sources,
             )
+        trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - start
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         end = Path(output_dir) / "end"
-        digits_models.save(student, processors[0], end)
+        digits_models.save(student, processor_of(mine), end)
         accuracy = greedy_accuracy(end, splits["test"], max_new_tokens=MAX_NEW_TOKENS[mine])
     logs = [entry for entry in trainer.state.log_history if "teacher/unknown_tokens" in entry]
     unknown = sum(entry["teacher/unknown_tokens"] for entry in logs)

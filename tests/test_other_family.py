@@ -15,6 +15,7 @@ from gndpo_trl.estimators import Sampled
 from gndpo_trl.grpo.checkpoints import RunCannotGoOn
 from gndpo_trl.objective.scores import Score, piece_sums
 from gndpo_trl.teachers import LocalTeacher, OtherFamily
+from gndpo_trl.teachers.compatibility import describe
 
 
 # What every tokenizer here can write.
@@ -291,6 +292,21 @@ def test_it_reads_messages_texts_and_prompts_of_its_own(make_trainer, others, ca
     assert texts[3] == "Say two:<turn>"
     assert (theirs["prompt_ids"] == tokenizer.convert_tokens_to_ids("<end>")).sum().item() == 3
     assert "A prompt as the teacher reads it:\n<turn>user" in capsys.readouterr().out
+
+
+def test_a_turn_ends_as_either_ends_it(checkpoints, others):
+    student, teacher = describe("model", checkpoints["qwen3-student"]), OtherFamily(LocalTeacher(others["bytes"]))
+    tokenizer, theirs = student.tokenizer, AutoTokenizer.from_pretrained(others["bytes"])
+    tokenizer.add_tokens(["<turn>", "<other>"], special_tokens=True)
+    turn, other, end = (tokenizer.convert_tokens_to_ids(name) for name in ("<turn>", "<other>", "<|im_end|>"))
+    student.generation_config.eos_token_id = [end, turn, other]
+    teacher.check(student)
+    their_turn, their_end = theirs.convert_tokens_to_ids(["<turn>", "<end>"])
+    assert teacher.translator.ends == {end: their_end, turn: their_turn, other: their_end}
+    # A student that ends with another token than its template does: with `<turn>`, which the teacher has for something else.
+    tokenizer.eos_token, student.generation_config.eos_token_id = "<turn>", turn
+    teacher.check(student)
+    assert teacher.translator.ends == {turn: their_end}
 
 
 def test_text_goes_on_as_text(make_trainer, others):

@@ -119,6 +119,9 @@ class OtherFamily(Teacher):
                 "The teacher's tokenizer has no end token, which the end of the student's turns is to be compared with. Set its "
                 "`eos_token`, and pass it as `teacher_processing_class`."
             )
+        if end not in student.stop_ids:
+            end = student.tokenizer.eos_token_id
+        # Of several tokens that end a turn, the others are those of the same name, where there are such.
         added = tokenizer.added_tokens_encoder
         names = {id: student.tokenizer.convert_ids_to_tokens(id) for id in student.stop_ids}
         ends = {id: own_end if id == end else added.get(name, own_end) for id, name in names.items()}
