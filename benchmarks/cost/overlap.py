@@ -235,7 +235,7 @@ def simulate(args: argparse.Namespace) -> None:
 
         return rollout_func
 
-    teacher = {"teacher_model_name_or_path": str(FOLDER / "teacher")}
+    teacher = {"teacher_model_name_or_path": str(FOLDER / "student")}  # what it says does not matter here
     rest = measure(args, 0, servers(0.0), **teacher)["rest"]
     one_server = args.ratio * rest
     print(
