@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -202,7 +202,11 @@ def compare(args: argparse.Namespace) -> None:
     VLLMClient.update_named_params = update_named_params
     on_cores(LEARNING_CORE)
     torch.set_num_threads(1)
-    with served(FOLDER / "student") as url, served(FOLDER / "teacher") as teacher_url:
+    has_teacher = args.served_teacher or args.trl
+    with (
+        served(FOLDER / "student") as url,
+        served(FOLDER / "teacher") if has_teacher else nullcontext() as teacher_url,
+    ):
         sampler = {"use_vllm": True, "vllm_mode": "server", "vllm_server_base_url": url, "vllm_server_timeout": 300.0}
         if args.served_teacher:
             sampler |= {"teacher_server_url": [teacher_url], "teacher_top_k": TOP_K}
@@ -235,7 +239,7 @@ def simulate(args: argparse.Namespace) -> None:
 
         return rollout_func
 
-    teacher = {"teacher_model_name_or_path": str(FOLDER / "teacher")}
+    teacher = {"teacher_model_name_or_path": str(FOLDER / "student")}  # what it says does not matter here
     rest = measure(args, 0, servers(0.0), **teacher)["rest"]
     one_server = args.ratio * rest
     print(
