@@ -110,6 +110,7 @@ def run(arm: str, seed: int, steps: int, learning_rate: float, folder: Path) -> 
         sources = {"model": student, "processing_class": processors[0], "train_dataset": splits["train"]}
         if how == "gold":
             # All samples are the student's own, at temperature 1, as they are for the others.
+            student.generation_config.suppress_tokens = [student.config.image_token_id]
             args = GOLDConfig(
                 **options,
                 per_device_train_batch_size=64,
