@@ -6,7 +6,7 @@ import digits_models
 import pytest
 import tiny_models
 import torch
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from helpers import (
     assert_resumes_in_the_middle,
     assert_same_gradients,
@@ -17,7 +17,7 @@ from helpers import (
 from transformers import Qwen3ForCausalLM
 
 from gndpo_trl.grpo.microbatches import select_rows
-from gndpo_trl.grpo.mixed_rows import picture_row, without_empty_pictures
+from gndpo_trl.grpo.mixed_rows import is_mixed, may_have_pictures, picture_row, without_empty_pictures
 from gndpo_trl.grpo.rollouts import valid_tokens
 
 
@@ -244,3 +244,16 @@ def test_a_teacher_of_text_is_kept_from_images(make, text_teacher):
     with pytest.raises(ValueError, match="is text-only, but is to score a row with images .*what is two"):
         trainer.train()
     make("internvl", [{"prompt": row["prompt"]} for row in make_rows()], teacher_model=text_teacher).train()
+
+
+@pytest.mark.parametrize(
+    "counts, found",
+    [([1, 1, 2], (True, False)), ([1, 0, 2], (True, True)), ([0, 0, 0], (False, False))],
+)
+def test_what_is_known_of_a_data_set(counts, found):
+    features = Features({"prompt": Value("string"), "images": List(Image())})
+    rows = {"prompt": ["one"] * 3, "images": [[tiny_models.draw_image(0)] * count for count in counts]}
+    dataset = Dataset.from_dict(rows, features=features)
+    assert (may_have_pictures(None, {"hard": dataset}), is_mixed(dataset)) == found
+    assert may_have_pictures(IterableDataset.from_generator(lambda: iter(())), None)
+    assert not may_have_pictures(dataset.remove_columns("images"), None)

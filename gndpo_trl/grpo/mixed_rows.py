@@ -24,9 +24,10 @@ from .trl_hooks import MULTIMODAL_KEYS
 
 SIZE = (64, 64)  # pixels of the picture that nobody is asked about
 
-PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
+# Vision inputs that a pass has for each token, and those that TRL counts beside what a processor makes.
+PER_TOKEN, COUNTED = ("token_type_ids", "mm_token_type_ids"), ("num_images", "num_tiles")
 
-# What stands before the picture's row where a chat template takes no such messages.
+# What is said about it.
 PROBE = [{"role": "user", "content": "?"}]
 
 
@@ -35,7 +36,8 @@ class MixedRowsMixin:
     Makes a [`~trl.GRPOTrainer`] train, evaluate and sample on rows of which some have pictures, in any mixture on any process.
 
     Raises:
-        `ValueError`: at construction, on several processes, if a family's pictures are laid out row by row (Idefics, SmolVLM).
+        `ValueError`: at construction, on several processes, if some rows of a data set have no pictures, and the student's family
+            lays them out row by row (Idefics, SmolVLM).
     """
 
     _sees_pictures = False
@@ -43,9 +45,17 @@ class MixedRowsMixin:
     def _see_pictures(self) -> None:
         """Be ready for passes without pictures beside passes with some. All processes call it together."""
         self._sees_pictures = True
-        if self.accelerator.num_processes > 1:
-            picture = picture_row(self.processing_class, self.chat_template, self.chat_template_kwargs)
+        if self.accelerator.num_processes == 1:
+            return
+        picture = picture_row(self.processing_class, self.chat_template, self.chat_template_kwargs)
+        if picture is not None:
             self._passes.picture = Trainer._prepare_inputs(self, picture)
+        elif any(map(is_mixed, by_argument(self.train_dataset, self.eval_dataset).values())):
+            raise ValueError(
+                "Some rows have no images, and others have, which on several processes does not go with a "
+                f"{type(self.processing_class).__name__}: it lays pictures out row by row. Train on the two kinds in runs of "
+                "their own, or on one process."
+            )
 
     def get_decay_parameter_names(self, model):
         """In a run of text alone, nothing of a vision tower, which has no gradient: DeepSpeed and FSDP would have it decay."""
@@ -70,24 +80,24 @@ class MixedRowsMixin:
         self._pictures = images
         return (*results, images, tool_images)
 
-    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, num_generations, *args, **kwargs):
-        options = (num_generations, *args)
+    def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
         if self.use_vllm:
             images = images and [of_row or None for of_row in images]
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *options, **kwargs)
-        picture = self._passes.picture
-        if picture is None or (images is not None and any(images)) or not self._generates_in_pieces():
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *options, **kwargs)
-        fields = {key: value for key, value in picture.items() if key in MULTIMODAL_KEYS and key not in OF_TRL}
+        picture = self._passes.picture if self._generates_in_pieces() else None
+        if picture is None or any(images or ()):
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)
+        fields = {key: value for key, value in picture.items() if key in MULTIMODAL_KEYS and key not in COUNTED}
         for key in {*PER_TOKEN} & fields.keys():
             of_rows = multimodal_fields.get(key) or [[0] * len(ids) for ids in prompt_ids]
             fields[key] = [*map(list, of_rows), *fields[key].tolist()]
         prompt_ids = [*prompt_ids, picture["prompt_ids"][0].tolist()]
-        completion_ids, logprobs = super()._generate_single_turn(prompt_ids, images, fields, *options, **kwargs)
+        completion_ids, logprobs = super()._generate_single_turn(prompt_ids, images, fields, *args, **kwargs)
         return completion_ids[:-1], logprobs and logprobs[:-1]
 
     def _generates_in_pieces(self) -> bool:
         """Whether processes wait for each other within a forward pass of generation."""
+        if self.use_vllm:
+            return False
         plugin = self.accelerator.state.deepspeed_plugin
         is_zero3 = plugin is not None and plugin.zero_stage == 3
         return self.is_fsdp_enabled or (is_zero3 and not self.args.ds3_gather_for_generation)
@@ -104,10 +114,6 @@ class MixedRowsMixin:
         return rollout
 
 
-# What TRL counts beside what a processor makes.
-OF_TRL = ("num_images", "num_tiles")
-
-
 def may_have_pictures(train_dataset: Any, eval_dataset: Any) -> bool:
     """Whether data may have pictures in a column, as far as can be known before they are read."""
     for dataset in by_argument(train_dataset, eval_dataset).values():
@@ -122,6 +128,12 @@ def may_have_pictures(train_dataset: Any, eval_dataset: Any) -> bool:
     return False
 
 
+def is_mixed(dataset: Any) -> bool:
+    """Whether some rows of a data set have pictures in their column, and others none."""
+    columns = {*IMAGE_COLUMNS} & {*dataset.column_names} if isinstance(dataset, Dataset) else ()
+    return any(0 < rows_with_images(dataset, column).sum() < len(dataset) for column in columns)
+
+
 def with_same_columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows that all have the column of pictures that one of them has, since TRL looks for it in the first."""
     missing = {
@@ -132,13 +144,10 @@ def with_same_columns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def picture_row(
     processing_class: ProcessorMixin, chat_template: str | None = None, template_kwargs: dict[str, Any] | None = None
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """
     A row with a small picture, as a rollout has rows: `prompt_ids` and `prompt_mask` `(1, P)`, and the vision inputs of the
-    model family.
-
-    Raises:
-        `ValueError`: if the family lays pictures out row by row.
+    model family; `None` if that lays pictures out row by row.
     """
     image = Image.new("RGB", SIZE)
     try:
@@ -152,10 +161,7 @@ def picture_row(
     row = {key: value for key, value in inputs.items() if key in MULTIMODAL_KEYS}
     pixels = row["pixel_values"]
     if pixels.ndim == 5:
-        raise ValueError(
-            f"The pictures of a {type(processing_class).__name__} are laid out row by row, which on several processes does not go "
-            "with rows that have none. Train on the two kinds in runs of their own, or on one process."
-        )
+        return None
     row |= {"prompt_ids": inputs["input_ids"], "prompt_mask": inputs["attention_mask"], "num_images": [1]}
     if "spatial_shapes" in row or (pixels.ndim == 4 and len(pixels) != 1):
         row["num_tiles"] = [len(pixels)]
@@ -197,5 +203,5 @@ def beside_picture(batch: dict[str, Any], picture: dict[str, Any], logits_to_kee
         batch["places"] = torch.nn.functional.pad(batch["places"], (0, 0, 0, 1))
     for key, value in picture.items():
         if key in MULTIMODAL_KEYS and key not in PER_TOKEN:
-            batch[key] = [0] * count + value if key in OF_TRL else value.to(device)
+            batch[key] = [0] * count + value if key in COUNTED else value.to(device)
     return batch
