@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 
 from gndpo_trl import GNDPOConfig, GNDPOTrainer
 
@@ -124,6 +124,7 @@ def measure(args: argparse.Namespace, lead: int, rollout_func=None, **options) -
         callbacks=[ends],
         rollout_func=rollout_func,
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "step_time" in entry][WARMUP:]
     names = {"generation": "time/generation", "sampling": "sampling/seconds", "learning waited": "sampling/waited"}
@@ -138,8 +139,14 @@ def measure_trl(args: argparse.Namespace, url: str, teacher_url: str) -> float:
     """Median seconds of a step of TRL's trainer that overlaps, with the same servers and tokens for each optimizer step."""
     import requests
     from transformers import AutoTokenizer
-    from trl.experimental.async_distillation import AsyncDistillationConfig, AsyncDistillationTrainer
+    from trl.experimental.async_distillation import (
+        AsyncDistillationConfig,
+        AsyncDistillationTrainer,
+        async_distillation_trainer,
+    )
     from vllm_stand_ins import update_named_params
+
+    async_distillation_trainer.get_peak_flops_per_device = lambda *args: 1.0  # it asks CUDA, for a metric
 
     class ByFile:
         """Weights go as ours do, while the server is paused, as TRL has it."""
