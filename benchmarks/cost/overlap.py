@@ -168,6 +168,11 @@ def measure_trl(args: argparse.Namespace, url: str, teacher_url: str) -> float:
         def destroy(self):
             pass
 
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER / "student")
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ message['content'] }}{% endfor %}"  # it takes no plain text
+    )
+    rows = prompts(2 * args.steps + 8, args.completions)["prompt"]
     ends = StepEnds()
     trainer = AsyncDistillationTrainer(
         model=str(FOLDER / "student"),
@@ -179,11 +184,12 @@ def measure_trl(args: argparse.Namespace, url: str, teacher_url: str) -> float:
             beta=1.0,
             model_init_kwargs={"attn_implementation": "sdpa"},
         ),
-        train_dataset=prompts(2 * args.steps + 8, args.completions),
-        processing_class=AutoTokenizer.from_pretrained(FOLDER / "student"),
+        train_dataset=Dataset.from_dict({"prompt": [[{"role": "user", "content": row}] for row in rows]}),
+        processing_class=tokenizer,
         callbacks=[ends],
         weight_transfer=ByFile(),
     )
+    trainer.remove_callback(PrinterCallback)
     trainer.train()
     return ends.seconds
 
