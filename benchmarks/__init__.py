@@ -10,5 +10,6 @@ The scripts behind the tables in `docs/`, as commands of the repository's root:
     python -m benchmarks.cost.memory_table      memory per GPU: docs/launching.md
     python -m benchmarks.cost.sampling_logps    what the sampler's log-probs change: docs/step_cost.md
     python -m benchmarks.cost.served_teacher    what a teacher behind a server costs: docs/teachers.md
+    python -m benchmarks.cost.overlap           what sampling ahead saves: docs/overlap.md
     python -m benchmarks.other_family           a teacher of another tokenizer: docs/teachers.md
 """

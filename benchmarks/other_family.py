@@ -19,11 +19,8 @@ import time
 import warnings
 from pathlib import Path
 
-import digits_data
-import digits_models
 import torch
 from datasets import load_from_disk
-from digits_models import greedy_accuracy
 from tokenizers import decoders, models, pre_tokenizers
 from transformers import LlavaProcessor, PrinterCallback
 from trl.experimental.gold import GOLDConfig, GOLDTrainer
@@ -33,7 +30,7 @@ from gndpo_trl.estimators import Sampled
 from gndpo_trl.objective.scores import clamp_scores
 from gndpo_trl.teachers import LocalTeacher, OtherFamily
 
-from .arms.models import load_model, load_processor
+from .arms.models import digits_data, digits_models, load_model, load_processor
 from .arms.trainers import SHARED_OPTIONS
 
 
@@ -142,7 +139,7 @@ def run(arm: str, seed: int, steps: int, learning_rate: float, folder: Path) -> 
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
         end = Path(output_dir) / "end"
         digits_models.save(student, processor_of(mine), end)
-        accuracy = greedy_accuracy(end, splits["test"], max_new_tokens=MAX_NEW_TOKENS[mine])
+        accuracy = digits_models.greedy_accuracy(end, splits["test"], max_new_tokens=MAX_NEW_TOKENS[mine])
     logs = [entry for entry in trainer.state.log_history if "teacher/unknown_tokens" in entry]
     unknown = sum(entry["teacher/unknown_tokens"] for entry in logs)
     return {
@@ -174,7 +171,7 @@ def main() -> None:
             for tokenizer in ("words", "characters"):
                 path = build(role, tokenizer, seed, args.output_dir)
                 test_split = load_from_disk(args.output_dir / f"data-images-{seed}")["test"]
-                accuracy = greedy_accuracy(path, test_split, max_new_tokens=MAX_NEW_TOKENS[tokenizer])
+                accuracy = digits_models.greedy_accuracy(path, test_split, max_new_tokens=MAX_NEW_TOKENS[tokenizer])
                 print(f"seed {seed}: {role} over {tokenizer}: {100 * accuracy:.1f} % right answers", flush=True)
     print("| arm | seed | right answers | seconds | memory, MB | unknown tokens |\n|---|---|---|---|---|---|")
     for seed in args.seeds:
