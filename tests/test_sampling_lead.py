@@ -376,7 +376,7 @@ def test_nothing_is_sampled_with_weights_that_would_be_too_old():
             {"sampling_lead": 1, "use_sampling_logps": True, "use_vllm": True, "vllm_mode": "server"},
             "of older weights",
         ),
-        ({"sampling_lead": 2}, "of up to 2 optimizer steps ago.*bears 1.*6 with 4"),
+        ({"sampling_lead": 2}, "of up to 2 optimizer steps ago.*bears 1.*13 with 4"),
         (
             {"sampling_lead": 1, "gradient_accumulation_steps": 1, "steps_per_generation": 2},
             "of up to 2 optimizer steps",

@@ -132,6 +132,11 @@ def other_conflicts(args: GRPOConfig) -> Iterator[str]:
             "`auto_find_batch_size` is True, but a generation batch has to hold all completions of its prompts at any size. Set "
             "it to False, and lower `per_device_train_batch_size`."
         )
+    if args.sync_ref_model and args.beta == 0:
+        yield (
+            "`sync_ref_model` is True, but `beta` is 0, so that there is no reference model to keep up. Set `beta` to a positive "
+            "number, or `sync_ref_model` to False."
+        )
     if args.log_completions_hub_repo is not None and not args.log_completions:
         yield (
             f"`log_completions_hub_repo` is {args.log_completions_hub_repo!r}, but `log_completions` is False. Set that to "

@@ -48,23 +48,25 @@ def lost_ranks_are_named() -> Iterator[None]:
     if state.num_processes == 1:
         yield
         return
-    with socket.create_server((own_address(), 0), backlog=state.num_processes) as listener:
-        address, port = listener.getsockname()
-        me = Peer(state.process_index, socket.gethostname(), address, port)
-        peers = sorted(gather_object([me]))
-        next_one = peers[(me.rank + 1) % len(peers)]
-        can_be_asked = all(gather_object([next_one.answers()]))
-        try:
-            yield
-        except RuntimeError as error:
-            gone = who_is_gone(peers) if can_be_asked else []
-            if not gone:
-                raise
-            raise RuntimeError(
-                f"Of {len(peers)} ranks {', '.join(map(str, gone))} {'does' if len(gone) == 1 else 'do'} not answer any more, so "
-                "that no step can be made. See what its own output ends with, and whether its machine and network are there; then "
-                "go on from the last checkpoint, on as many ranks (`resume_from_checkpoint=True`)."
-            ) from error
+    listener = socket.create_server((own_address(), 0), backlog=state.num_processes)
+    address, port = listener.getsockname()
+    me = Peer(state.process_index, socket.gethostname(), address, port)
+    peers = sorted(gather_object([me]))
+    next_one = peers[(me.rank + 1) % len(peers)]
+    can_be_asked = all(gather_object([next_one.answers()]))
+    try:
+        yield
+    except BaseException as error:
+        listener.detach()  # open as long as the process is there: ranks that raise together do not find each other gone
+        gone = who_is_gone(peers) if can_be_asked and isinstance(error, RuntimeError) else []
+        if not gone:
+            raise
+        raise RuntimeError(
+            f"Of {len(peers)} ranks {', '.join(map(str, gone))} {'does' if len(gone) == 1 else 'do'} not answer any more, so "
+            "that no step can be made. See what its own output ends with, and whether its machine and network are there; then "
+            "go on from the last checkpoint, on as many ranks (`resume_from_checkpoint=True`)."
+        ) from error
+    listener.close()
 
 
 def own_address() -> str:
