@@ -554,12 +554,11 @@ class GNDPOConfig(ExtendedGRPOConfig):
 
     def _problems(self) -> Iterator[str]:
         yield from super()._problems()
-        yield from score_problems(self)
-        yield from advantage_problems(self)
-        yield from teacher_problems(self)
-        yield from alignment_problems(self)
-        yield from loss_problems(self)
-        yield from estimator_problems(self)
+        for find in (
+            *(score_problems, advantage_problems, teacher_problems),
+            *(alignment_problems, loss_problems, estimator_problems),
+        ):
+            yield from find(self)
 
     def _late_problems(self) -> Iterator[str]:
         yield from super()._late_problems()

@@ -118,12 +118,7 @@ def alignment_problems(args: Any) -> Iterator[str]:
             "a token has the score of its whole piece, which would be added up",
         ),
     }
-    for name, (is_set, reason) in reasons.items():
-        if is_set:
-            yield (
-                f'`{name}` is {getattr(args, name)!r}, which does not go with `teacher_alignment="{args.teacher_alignment}"`: '
-                f"{reason}. Leave one of them out."
-            )
+    yield from what_does_not_go_with(f'teacher_alignment="{args.teacher_alignment}"', args, reasons)
 
 
 def loss_problems(args: Any) -> Iterator[str]:
@@ -193,6 +188,11 @@ def estimator_problems(args: Any) -> Iterator[str]:
     asked = (
         f'estimator="{args.estimator}"' if args.estimator != "sampled" else f'score_baseline="{args.score_baseline}"'
     )
+    yield from what_does_not_go_with(asked, args, reasons)
+
+
+def what_does_not_go_with(asked: str, args: Any, reasons: dict[str, tuple[bool, str]]) -> Iterator[str]:
+    """A sentence for each field that is set beside what is `asked` for, with the reason why the two exclude each other."""
     for name, (is_set, reason) in reasons.items():
         if is_set:
             yield f"`{name}` is {getattr(args, name)!r}, which does not go with `{asked}`: {reason}. Leave one of them out."

@@ -1,8 +1,11 @@
 """What several test files share: rollouts, plain log-probs, gradients, canned completions, rows of the token view."""
 
 import math
+import os
 import shutil
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,6 +34,31 @@ def completions_of(lengths: list[int]) -> list[list[int]]:
 
 
 COMPLETIONS, SPREAD_COMPLETIONS = completions_of(LENGTHS), completions_of(SPREAD_LENGTHS)
+
+# Of runs in several processes.
+CONFIG = {
+    "use_cpu": True,
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "num_generations": 1,
+    "max_completion_length": 24,
+    "max_steps": 1,
+    # The step of plain gradient descent with rate 1 is the gradient, whatever holds it in pieces.
+    "optim": "sgd",
+    "learning_rate": 1.0,
+    "weight_decay": 0.0,
+    "max_grad_norm": 0.0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+    "shuffle_dataset": False,
+}
+
+
+def environment() -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja, for DeepSpeed's compilation
+    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
 def make_rollout(trainer: GNDPOTrainer, count: int = 8) -> dict:
@@ -87,13 +115,13 @@ def assert_same_gradients(found: dict, expected: dict) -> None:
 IN_THE_MIDDLE = {"save_strategy": "steps", "save_steps": 1, "num_iterations": 2}
 
 
-def assert_resumes_in_the_middle(make_trainer, folder, **options) -> None:
-    """A run that ended after the first step of a generation batch, in `parts`, goes on to the weights of a whole one."""
+def assert_resumes_in_the_middle(make_trainer, folder, ended: int = 1, max_steps: int = 4, **options) -> None:
+    """A run that `ended` in the middle of a generation batch, in `parts`, goes on to the weights of a whole one."""
     options = {**IN_THE_MIDDLE, **options}
-    whole = make_trainer(output_dir=str(folder / "whole"), max_steps=4, **options)
+    whole = make_trainer(output_dir=str(folder / "whole"), max_steps=max_steps, **options)
     whole.train()
-    make_trainer(output_dir=str(folder / "parts"), max_steps=1, **options).train()
-    resumed = make_trainer(output_dir=str(folder / "parts"), max_steps=4, **options)
+    make_trainer(output_dir=str(folder / "parts"), max_steps=ended, **options).train()
+    resumed = make_trainer(output_dir=str(folder / "parts"), max_steps=max_steps, **options)
     resumed.train(resume_from_checkpoint=True)
     for name, parameter in whole.model.state_dict().items():
         assert torch.equal(parameter, resumed.model.state_dict()[name]), name

@@ -344,18 +344,10 @@ def test_a_run_goes_on_with_the_head_that_its_teacher_had(make_trainer, text_dat
         "trainer_options": {"train_dataset": text_dataset.add_column("teacher_prompt", prompts)},
         "teacher_weights": "live",
         "learning_rate": 1e-2,
-        "save_strategy": "steps",
-        "save_steps": 1,
         "num_iterations": 3,
         "estimator": "exact",
     }
-    whole = make_trainer(output_dir=str(tmp_path / "whole"), max_steps=5, **options)
-    whole.train()
-    make_trainer(output_dir=str(tmp_path / "parts"), max_steps=2, **options).train()
-    resumed = make_trainer(output_dir=str(tmp_path / "parts"), max_steps=5, **options)
-    resumed.train(resume_from_checkpoint=True)
-    for name, parameter in whole.model.state_dict().items():
-        assert torch.equal(parameter, resumed.model.state_dict()[name]), name
+    assert_resumes_in_the_middle(make_trainer, tmp_path, ended=2, max_steps=5, **options)
 
 
 # What checkpoints compared before more was compared.

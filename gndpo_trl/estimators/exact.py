@@ -26,9 +26,8 @@ class Exact(WholeVocabulary):
     moments of the student's distributions.
 
     In the loss, the log-prob of a sampled token gets that gradient in place of its own, or, where a reward counts, beside its
-    own times the reward's advantage; where the ratio to the student that
-    sampled is asked for, it keeps its value, and what is known of the teacher stays with the rollout, in CPU memory. The
-    advantages of the sampled tokens are for the logs.
+    own times the reward's advantage; where the ratio to the student that sampled is asked for, it keeps its value, and what is
+    known of the teacher stays with the rollout, in CPU memory. The advantages of the sampled tokens are for the logs.
 
     Args:
         score_clip (`float` or `None`), field (`str`): See `WholeVocabulary`.

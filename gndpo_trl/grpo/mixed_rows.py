@@ -81,8 +81,6 @@ class MixedRowsMixin:
         return (*results, images, tool_images)
 
     def _generate_single_turn(self, prompt_ids, images, multimodal_fields, *args, **kwargs):
-        if self.use_vllm:
-            images = images and [of_row or None for of_row in images]
         picture = self._passes.picture if self._generates_in_pieces() else None
         if picture is None or any(images or ()):
             return super()._generate_single_turn(prompt_ids, images, multimodal_fields, *args, **kwargs)

@@ -299,8 +299,7 @@ class SamplingLeadMixin:
             tokenized = ()
             if self.rollout_func is None:
                 prompt_ids, images, _ = self._tokenize_prompts(prompts)
-                # What else there is of images, vLLM makes itself; rows without any are None to it.
-                tokenized = prompt_ids, images and [of_row or None for of_row in images], {}
+                tokenized = prompt_ids, images, {}  # what else there is of images, vLLM makes itself
             self._next.append(Request(prompts, tokenized, lead, due))
 
     def _prompts_of(self, rows: list[dict[str, Any]]) -> list:

@@ -133,8 +133,8 @@ class VLLMMixin:
     - It forgets the embeddings of images when it gets new weights.
     - A server with `--enable-lora` gets a LoRA student's adapter alone, see [`~grpo.vllm_adapter.AdapterSync`].
     - `sampling/logp_difference/mean` and `/max`, in nats, are logged for every batch of which both engines' log-probs
-      are known, and a first batch, or a first one of new weights, whose mean exceeds `args.sampling_logp_threshold` stops the run. A trainer that
-      scores the completions itself calls `_watch_sampling_logps` when it has.
+      are known, and a first batch, or a first one of new weights, whose mean exceeds `args.sampling_logp_threshold` stops
+      the run. A trainer that scores the completions itself calls `_watch_sampling_logps` when it has.
 
       Of batches that were sampled with older weights, `sampling/policy_change/mean` and `/max` are logged in their place, and
       stop nothing.
@@ -147,9 +147,8 @@ class VLLMMixin:
             too much from the training engine.
     """
 
-    _staleness = (
-        0  # optimizer steps between the weights that sampled the generation batch in use and those that learn from it
-    )
+    # Optimizer steps between the weights that sampled the generation batch in use and those that learn from it.
+    _staleness = 0
 
     def __init__(self, model, reward_funcs=None, args=None, *more, **options):
         if args is not None and args.use_vllm and find_spec("vllm") is not None:
@@ -157,7 +156,7 @@ class VLLMMixin:
 
             check_version(vllm.__version__, "The installed engine")
         super().__init__(model, reward_funcs, args, *more, **options)
-        self._sampler_is_known, self._compared_step = False, None
+        self._compared_steps: set[int] = set()
         if not self.use_vllm:
             return
         generation = self.vllm_generation
@@ -193,7 +192,7 @@ class VLLMMixin:
 
     def _begin_run(self):
         super()._begin_run()
-        self._sampler_is_known, self._compared_step = False, None
+        self._compared_steps: set[int] = set()
         self._last_loaded_step = -1  # vLLM may hold weights of another run's step of the same number
 
     def _check_prompt_lengths(self, dataset: Any, max_model_len: int) -> None:
@@ -215,8 +214,8 @@ class VLLMMixin:
 
     def _watch_sampling_logps(self, rollout: dict[str, Any], logps: torch.Tensor) -> None:
         """
-        Log how far vLLM's log-probs are from the training engine's, and stop the run if its first batch, or the first of new weights,
-        is far off.
+        Log how far vLLM's log-probs are from the training engine's, and stop the run if its first batch, or the first of new
+        weights, is far off.
 
         Args:
             rollout (`dict`):
@@ -235,19 +234,17 @@ class VLLMMixin:
             return  # log-probs of two different distributions
         mask = loss_mask(rollout)
         mean, largest = logp_difference(rollout["sampling_per_token_logps"], logps, mask, gather)
-        if (
-            mode == "train" and self._staleness > 0
-        ):  # what the student has learned since, beside what the engines differ by
+        # Of older weights, it is what the student has learned since, beside what the engines differ by.
+        if mode == "train" and self._staleness > 0:
             self._metrics[mode]["sampling/policy_change/mean"].append(mean)
             self._metrics[mode]["sampling/policy_change/max"].append(largest)
             return
         self._metrics[mode]["sampling/logp_difference/mean"].append(mean)
         self._metrics[mode]["sampling/logp_difference/max"].append(largest)
-        if mode == "eval" or self._sampler_is_known:
-            return
         # Once with the weights that it was started with, which a sampler may have by itself, and once with others.
-        self._sampler_is_known = self._compared_step not in (None, self.state.global_step)
-        self._compared_step = self.state.global_step
+        if mode == "eval" or len(self._compared_steps) == 2:
+            return
+        self._compared_steps.add(self.state.global_step)
         threshold = self.args.sampling_logp_threshold
         if threshold is None:
             training_dtype = "bfloat16" if self.args.bf16 or self.args.fp16 else str(self.model.dtype)

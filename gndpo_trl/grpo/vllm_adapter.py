@@ -57,8 +57,8 @@ class AdapterSync:
         """
         name, weights = self.model.active_adapter, {}
         adapter = {key: weight for key, weight in self.model.named_parameters() if f".{name}." in key}
-        for key, weight in adapter.items():
-            with gather_params([weight]), torch.no_grad():
+        with gather_params(list(adapter.values())), torch.no_grad():
+            for key, weight in adapter.items():
                 # On all ranks, of which one keeps it.
                 whole = weight.full_tensor() if isinstance(weight, DTensor) else weight
                 if self.accelerator.is_main_process:

@@ -228,10 +228,9 @@ class ExactVLLMGeneration(VLLMGeneration):
             `Callable`: asks the server, in any thread, and returns what `answered` takes. It does nothing on other ranks than
                 the one that asks.
         """
-        self._check_lengths(prompts)
         noted = NotedRequest()
         with self._client_is(noted):
-            super().generate(prompts, images, num_generations)
+            self._sample(prompts, images, num_generations)
         if not self.accelerator.is_main_process:
             return lambda: None
         if self._session is None:
@@ -282,12 +281,14 @@ class ExactVLLMGeneration(VLLMGeneration):
         finally:
             self.vllm_client = own
 
-    def _check_lengths(self, prompts: list[list[int]]) -> None:
+    def _sample(self, prompts, images, num_generations, profiler=None):
+        """TRL's `generate`, of prompts that leave room for a completion. Rows without images are None to it."""
         for row, prompt in enumerate(prompts):
             check_prompt_length(f"The prompt of row {row} of a batch", len(prompt), self.settings["max_model_len"])
+        images = images and [of_row or None for of_row in images]
+        return super().generate(prompts, images, num_generations, profiler)
 
     def generate(self, prompts, images, num_generations, profiler=None):
-        self._check_lengths(prompts)
         client = nullcontext()
         if self.mode == "colocate":
             client = expanded_prompts(self.llm)
@@ -296,7 +297,7 @@ class ExactVLLMGeneration(VLLMGeneration):
         if self._answer is not None:
             images = None  # they went with the request
         with client:
-            prompt_ids, *completions = super().generate(prompts, images, num_generations, profiler)
+            prompt_ids, *completions = self._sample(prompts, images, num_generations, profiler)
         check_prompt_ids(prompts, prompt_ids)
         return prompt_ids, *completions
 

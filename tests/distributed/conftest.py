@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from helpers import CONFIG, environment
 from worker import TASKS
 
 
@@ -17,24 +18,6 @@ WORKERS = Path(__file__).parent
 # The first multi-process runs of DeepSpeed in an environment compile its CPU collectives and its Adam for CPUs.
 TIMEOUT = 600
 
-CONFIG = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "num_generations": 1,
-    "max_completion_length": 24,
-    "max_steps": 1,
-    # The step of plain gradient descent with rate 1 is the gradient, whatever holds it in pieces.
-    "optim": "sgd",
-    "learning_rate": 1.0,
-    "weight_decay": 0.0,
-    "max_grad_norm": 0.0,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "shuffle_dataset": False,
-}
 ADAMW = {"optim": "adamw_torch", "learning_rate": 1e-3, "max_grad_norm": 1.0, "per_device_train_batch_size": 2}
 
 
@@ -76,11 +59,6 @@ def launcher(accelerate_config: str) -> list[str]:
     config_file = ROOT / f"recipes/accelerate/cpu/{accelerate_config}.yaml" if is_recipe else accelerate_config
     options = ["--config_file", str(config_file), "--main_process_port", "0"]
     return [sys.executable, "-m", "accelerate.commands.launch", *options]
-
-
-def environment() -> dict[str, str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # ninja, for DeepSpeed's compilation
-    return {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
 
 
 class Processes:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from helpers import environment
 from network import Network, why_there_is_none
 
 
@@ -28,8 +29,6 @@ class Cluster:
         self.folder = folder
         spec = {"task": "train", "images": False, "report": str(folder), "last": True, **spec}
         (folder / "job0.json").write_text(json.dumps(spec))
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "eth0", "PYTHONWARNINGS": "ignore"}
-        environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
         options = [
             "--config_file",
             str(ROOT / f"recipes/accelerate/cpu/{accelerate_config}.yaml"),
@@ -42,7 +41,14 @@ class Cluster:
             command = [*self.network.on(node), sys.executable, "-m", "accelerate.commands.launch", *options]
             command += ["--machine_rank", str(rank), str(WORKER), str(folder), str(os.getpid())]
             with open(folder / f"{node}.log", "w") as log:
-                self.processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment))
+                self.processes.append(
+                    subprocess.Popen(
+                        command,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        env={**environment(), "GLOO_SOCKET_IFNAME": "eth0"},
+                    )
+                )
 
     def serve(self, checkpoint: str, folder: Path) -> str:
         """Start a served teacher on the third machine; its URL."""

@@ -5,7 +5,7 @@ import time
 
 import pytest
 import torch
-from helpers import SPREAD_COMPLETIONS
+from helpers import CONFIG, SPREAD_COMPLETIONS
 from run_training import train
 from safetensors.torch import load_file
 
@@ -13,23 +13,6 @@ from gndpo_trl.grpo.checkpoints import whole_checkpoints
 
 
 NUM_STEPS = 3
-CONFIG = {
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "num_generations": 1,
-    "max_completion_length": 24,
-    "max_steps": NUM_STEPS,
-    "optim": "sgd",  # whose steps are gradients
-    "learning_rate": 0.1,
-    "weight_decay": 0.0,
-    "max_grad_norm": 0.0,
-    "logging_steps": 1,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "shuffle_dataset": False,
-}
 
 
 @pytest.fixture
@@ -39,7 +22,13 @@ def specify(checkpoints):
             "model": checkpoints["qwen3-student"],
             "teacher": checkpoints["qwen3-teacher"],
             "completions": SPREAD_COMPLETIONS,
-            "config": {**CONFIG, "output_dir": str(folder / "out"), **config},
+            "config": {
+                **CONFIG,
+                "max_steps": NUM_STEPS,
+                "learning_rate": 0.1,
+                "output_dir": str(folder / "out"),
+                **config,
+            },
             "save": str(folder / "saved"),
         }
 
